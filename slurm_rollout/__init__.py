@@ -1,0 +1,1 @@
+"""Fault-tolerant inference fleets for RL training on Slurm."""

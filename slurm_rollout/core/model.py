@@ -1,0 +1,298 @@
+"""The values that decisions are made of: state, observation, actions, events. Pure.
+
+`decide(plan, state, observation)` turns these into a `Decision`. Times called `…_at`, `now`, `since` are seconds of the
+batch host's monotonic clock, which goes on when a coordinator is replaced; `wall` is Unix time and only for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from slurm_rollout.core.phases import Phase, PoolPhase, Reason
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why an incarnation ended, as far as it was seen."""
+
+    reason: Reason
+    message: str
+    incarnation: int
+    at: float
+    wall: float
+    rank: int | None = None
+    node: str = ""
+    startup: bool = False  # before it was ready: counted apart
+    restarted_peers: tuple[int, ...] = ()  # healthy ranks that end and restart because of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepState:
+    """One step of the current incarnation: the srun (local backend: the agent) that holds it."""
+
+    node: str
+    pid: int | None = None  # None: intent written, process not known (yet)
+    pid_started: int = 0  # start time of that pid in clock ticks, so that a reused pid is not taken for it
+    sweep: bool = False  # a fencing step: it ends leftovers and starts no engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marks:
+    """When the stages of the last recovery were reached, for events and `describe`. None: not yet."""
+
+    seen_at: float | None = None
+    stopped_at: float | None = None
+    fenced_at: float | None = None  # ports refuse connections
+    launched_at: float | None = None
+    go_at: float | None = None  # every agent reported its node fenced
+    ready_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupState:
+    """All that is remembered of one group."""
+
+    id: str
+    phase: Phase = Phase.PENDING
+    since: float = 0.0
+    since_wall: float = 0.0
+    reason: Reason = Reason.NONE
+    message: str = ""
+    incarnation: int = 0  # the newest that was started; 0: none yet
+    steps: tuple[StepState, ...] = ()
+    goes_to: Phase = Phase.FENCING  # where STOPPING leads: FENCING (restart), FAILED
+    not_before: float = 0.0  # no launch earlier
+    stop_sent_at: float | None = None
+    cancel_sent_at: float | None = None
+    go_sent_at: float | None = None
+    sweep_sent_at: float | None = None
+    failure: Failure | None = None  # the last one
+    charge: Failure | None = None  # a failure not yet charged; it is at the next launch, never at the job's end
+    runtime_failures: tuple[float, ...] = ()  # times of charged failures, within the budget's window
+    start_failures: tuple[float, ...] = ()
+    restarts: int = 0  # launches after the first, for any reason
+    marks: Marks = field(default_factory=Marks)
+    slow: bool = False  # answers late, progresses: an event, never a restart
+    adopted: bool = False  # proved again by a new coordinator before its URLs return
+    weights: str = "none"  # "none" for frozen pools
+    weights_version: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """All that is remembered of the run; written to `state.json` before anything is done about it."""
+
+    run_id: str  # unique; in the environment mark of every process of the run
+    job: str
+    restart_count: int
+    term: int
+    epoch: int = 0
+    groups: tuple[GroupState, ...] = ()
+    serving: tuple[tuple[str, int], ...] = ()  # (group, incarnation) that the epoch stands for
+    pools_once_ready: tuple[str, ...] = ()
+    started_at: float = 0.0
+    ending: Reason = Reason.NONE  # OPERATOR, RUN_ENDING or JOB_ENDING once the run drains
+    ending_at: float = 0.0
+    phase: PoolPhase = PoolPhase.WAITING
+    blind_since: float | None = None  # Slurm does not answer
+    suspect_self_since: float | None = None  # most groups time out at once: the coordinator is the suspect
+
+    def group(self, group_id: str) -> GroupState:
+        """Return the group; KeyError when the run has no such group."""
+        for group in self.groups:
+            if group.id == group_id:
+                return group
+        raise KeyError(group_id)
+
+
+# --------------------------------------------------------------------------------------------------------- observation
+
+
+class Process(StrEnum):
+    """What is known of the process that holds a step on the batch host."""
+
+    RUNNING = "running"
+    EXITED = "exited"
+    UNKNOWN = "unknown"  # the process of an intent was not found, or not looked for yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitRecord:
+    """The agent's last word: its members are all dead when it says this."""
+
+    cause: str  # "stopped", "engine_exited", "port_busy", "leftover_process", "gpu_memory", "other_incarnation", "exec_failed"
+    message: str
+    rank: int | None = None
+    code: int | None = None
+    signal: int | None = None
+    oom: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepObservation:
+    """One step of the group's current incarnation, as seen now."""
+
+    node: str
+    sweep: bool = False
+    process: Process = Process.UNKNOWN
+    pid: int | None = None
+    pid_started: int = 0
+    exited_at: float | None = None  # when the process was first seen gone
+    exit_code: int | None = None
+    stderr: str = ""  # the last line srun wrote
+    spoke: bool = False  # the agent's first report arrived
+    fenced: bool = False
+    waiting_for: str = ""  # what its fence waits for, with the holder where it can be seen
+    started: tuple[int, ...] | None = None  # ranks whose engine process was started
+    listening: tuple[int, ...] = ()  # ranks whose HTTP socket is held by the agent's own tree
+    stranger: str = ""  # who holds an entrypoint's socket, where it is not the agent's tree
+    failing: Mapping[int, int] = field(default_factory=dict)  # rank -> node-local probe failures in a row
+    exit: ExitRecord | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """What the probes of one entrypoint add up to (see `core.health`)."""
+
+    rank: int
+    proved: bool = False  # one complete readiness check succeeded
+    mismatch: str = ""  # it answers, but as something other than planned
+    failures: int = 0  # liveness failures in a row, progress taken into account
+    refusals: int = 0  # answers in a row that say "no" (a status, a wrong body, a refused connection)
+    slow: bool = False  # late in a row, but the progress counter moves
+    last_error: str = ""
+    last_counter: float | None = None
+    first_failure_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupObservation:
+    """One group. `ports_open` is None while its ports were not all checked since nothing of it lives."""
+
+    id: str
+    incarnation: int  # what this was observed of; facts of another incarnation are not facts
+    steps: tuple[StepObservation, ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()
+    ports_open: tuple[str, ...] | None = None  # "address:port" that accept a connection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """One valid answer to "which steps live in this job?". Steps are known by job name and by srun's pid."""
+
+    asked_at: float
+    names: frozenset[str]
+    pids: frozenset[int]
+
+
+class Job(StrEnum):
+    RUNNING = "running"
+    ENDING = "ending"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """An operator's wish, from a file in `requests/`."""
+
+    id: str
+    verb: str  # "restart", "drain", "resume", "stop"
+    groups: tuple[str, ...] = ()
+    who: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """The world, once per tick. Whatever is missing was not observed."""
+
+    now: float
+    wall: float
+    groups: tuple[GroupObservation, ...] = ()
+    listing: Listing | None = None  # the newest valid one
+    listing_failed_at: float | None = None  # the newest question that got no valid answer
+    job: Job = Job.UNKNOWN
+    job_asked_at: float | None = None  # when the question was asked that `job` answers
+    requests: tuple[Request, ...] = ()
+    stop_signal: bool = False
+
+    def group(self, group_id: str) -> GroupObservation | None:
+        return next((g for g in self.groups if g.id == group_id), None)
+
+
+# ------------------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Start a step per node. With `sweep`, on `nodes`: only end leftovers there and report who holds the ports."""
+
+    group: str
+    incarnation: int
+    nodes: tuple[str, ...]
+    sweep: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Go:
+    """Every agent has fenced its node: start the engines (SIGUSR2)."""
+
+    group: str
+    incarnation: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Agents end their trees (SIGUSR1)."""
+
+    group: str
+    incarnation: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """What the agents did not end is cancelled by Slurm; the shell puts all of one tick into one scancel call."""
+
+    group: str
+    incarnation: int
+    nodes: tuple[str, ...]
+
+
+Action = Launch | Go | Stop | Cancel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One line of `events.<term>.jsonl`."""
+
+    type: str
+    group: str = ""
+    incarnation: int = 0
+    reason: str = ""
+    message: str = ""
+    rank: int | None = None
+    node: str = ""
+    data: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wants:
+    """What the shell should find out next; asking costs, so only what a decision waits for."""
+
+    ports: tuple[str, ...] = ()  # groups whose ports to connect to
+    listing: bool = False
+    job: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    state: RunState
+    actions: tuple[Action, ...] = ()
+    events: tuple[Event, ...] = ()
+    wants: Wants = field(default_factory=Wants)
+    wake_at: float | None = None  # the next moment at which time alone changes a decision
