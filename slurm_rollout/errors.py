@@ -7,6 +7,7 @@ RolloutError
 ├── Rejected                Slurm (or the machine) said no; its words are kept            exit 1
 └── StoreError              the run directory
     ├── RunDirBusy          a living coordinator owns the run directory, the name or the ports
+    ├── LeaseLost           a coordinator of a newer term took over
     └── CorruptFile         a file of the run directory cannot be understood
 """
 
@@ -43,6 +44,10 @@ class StoreError(RolloutError):
 
 class RunDirBusy(StoreError):
     """A living coordinator owns it."""
+
+
+class LeaseLost(StoreError):
+    """A coordinator of a newer term took over: this one writes nothing and stops nothing."""
 
 
 class CorruptFile(StoreError):

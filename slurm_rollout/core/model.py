@@ -77,7 +77,6 @@ class GroupState:
     restarts: int = 0  # launches after the first, for any reason
     marks: Marks = field(default_factory=Marks)
     slow: bool = False  # answers late, progresses: an event, never a restart
-    adopted: bool = False  # proved again by a new coordinator before its URLs return
     weights: str = "none"  # "none" for frozen pools
     weights_version: int | None = None
 
@@ -141,7 +140,7 @@ class StepObservation:
     process: Process = Process.UNKNOWN
     pid: int | None = None
     pid_started: int = 0
-    exited_at: float | None = None  # when the process was first seen gone
+    exited_at: float | None = None  # when the process was first seen gone, or looked for and not found
     exit_code: int | None = None
     stderr: str = ""  # the last line srun wrote
     spoke: bool = False  # the agent's first report arrived

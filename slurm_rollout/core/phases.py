@@ -62,7 +62,7 @@ P = Phase
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     P.PENDING: frozenset({P.FENCING, P.DRAINING, P.STOPPED}),
     P.FENCING: frozenset({P.BACKOFF, P.STARTING, P.FAILED, P.STOPPED, P.DRAINING}),
-    P.BACKOFF: frozenset({P.STARTING, P.FENCING, P.STOPPED}),
+    P.BACKOFF: frozenset({P.FENCING, P.STOPPED}),  # time passed: the ports are looked at once more
     P.STARTING: frozenset({P.READY, P.STOPPING, P.DRAINING}),
     P.READY: frozenset({P.UNREADY, P.STOPPING, P.DRAINING}),
     P.UNREADY: frozenset({P.READY, P.STOPPING, P.DRAINING}),

@@ -186,7 +186,8 @@ class FleetPlan:
     pools: tuple[PoolPlan, ...]
     nodes: tuple[str, ...]  # the fleet's, spares included
     spares: tuple[str, ...]
-    trainer_nodes: tuple[str, ...]
+    trainer_nodes: tuple[str, ...]  # all of the allocation where the fleet takes all of it
+    het_group: int | None = None  # component of a heterogeneous job that the fleet's nodes belong to
     slurm: SlurmSettings
     heartbeat_s: float = 5.0
     audit_s: float = 300.0

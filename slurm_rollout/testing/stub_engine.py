@@ -1,32 +1,34 @@
 """An OpenAI-shaped inference server without a model, with the habits and the faults of the real engines.
 
-Run it as `python -m slurm_rollout.testing.stub_engine` or as `python stub_engine.py`: it is one file, standard
-library only. Rank, ports and master come from the ROLLOUT_* environment of a member, or from options (`--help`).
+Run it as `python -m slurm_rollout.testing.stub_engine` or as `python stub_engine.py`: it is one file, of
+the standard library only. Rank, ports and master come from a member's ROLLOUT_* environment or from
+`--help`'s options.
 
-Life of a member: rendezvous of all ranks at rank 0's master port, then `--load-s` of loading, then the HTTP port
-listens. A rank of another group, size or incarnation is refused at the rendezvous. Every inference request is a
-round trip to every rank, so one stopped rank hangs the group, without a time-out, while `/health` goes on saying
-200. A dead rank does the same (`--on-peer-death hang`), as with NCCL. With `--entrypoints leader` (the default) the
-other ranks serve only a dummy `/health`.
+Life of a member: rendezvous of all ranks at rank 0's master port, `--load-s` of loading, then the HTTP port
+listens. A rank of another group, size or incarnation is refused at the rendezvous. Every inference request
+is a round trip to every rank, so one stopped rank hangs the group, without a time-out, while `/health` goes
+on saying 200. A dead rank does the same (`--on-peer-death hang`), as with NCCL. With `--entrypoints leader`
+(the default) the other ranks serve only a dummy `/health`.
 
-`/metrics`: `stub_tokens_total` counts prompt and generated tokens together and rises with any progress, also during
-a long prefill; `stub_generated_tokens_total` stands still then; `stub_iterations_total` counts steps of either kind.
+`/metrics`: `stub_tokens_total` counts prompt and generated tokens together and rises with any progress,
+also in a long prefill; `stub_generated_tokens_total` stands still then; `stub_iterations_total` counts
+steps of either kind.
 
-Faults come from outside, in a JSON file (`--control`, or STUB_CONTROL), read again within 50 ms of a change and at
-each request. It maps "*", a group ("actor/0") or a member ("actor/0/1") to faults; the narrower one wins, name by
-name. `set_fault` and `clear_faults` write it.
+Faults come from outside, in a JSON file (`--control`, or STUB_CONTROL), read again within 50 ms of a change
+and at each request. It maps "*", a group ("actor/0") or a member ("actor/0/1") to faults; the narrower one
+wins, name by name. `set_fault` and `clear_faults` write it.
 
 generation, health    "ok", "dead" (hangs until cleared), "503" or another status, "garbage" (200, not JSON),
                       "empty" (200, no choices), "slow:2.5" (seconds; the counters move at the end). A dead
                       generation hangs the group's requests also on a rank that is no entrypoint.
-saturated             true: as if thousands of requests ran; tokens rise, a new request waits `slow_s` (default 60)
+saturated             true: as if thousands of requests ran: tokens rise, one waits `slow_s` (default 60)
 prefill_s             from now on nothing is generated for so many seconds; prompt tokens and iterations rise
 exit                  end at once with this code
 ignore_term           true: SIGTERM and SIGINT do nothing
 crash_at_start        true: exit 1 before the rendezvous
 load_s                overrides --load-s
-orphan                true, at start: leave a double-forked process in its own session, with an empty environment,
-                      that holds the HTTP port after the engine's death (it ends by itself after ten minutes)
+orphan                true, at start: leave a double-forked process, in its own session, with no environment,
+                      that holds the HTTP port after the engine's death (ends by itself after ten minutes)
 daemon_child          true, at start: the same with the environment kept and without the port
 incarnations          [1, 2]: the faults beside it are for these incarnations only
 """
@@ -43,10 +45,10 @@ import sys
 import threading
 import time
 
-# Every import delays every start that a benchmark measures. `typing` alone would cost a tenth of the start; type checkers know this name.
+# Every import delays every start that a benchmark measures. Type checkers know this name without `typing`.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from io import BufferedReader
     from pathlib import Path
     from typing import Any, NoReturn
@@ -57,14 +59,16 @@ if TYPE_CHECKING:
 START_FAULTS = frozenset({"crash_at_start", "load_s", "orphan", "daemon_child"})
 LIVE_FAULTS = frozenset({"generation", "health", "saturated", "slow_s", "prefill_s", "exit", "ignore_term"})
 FAULT_NAMES = START_FAULTS | LIVE_FAULTS | {"incarnations"}
+COUNTERS = ("tokens_total", "generated_tokens_total", "iterations_total")
+GAUGES = ("requests_running", "requests_waiting")
 POLL_S = 0.05
 BUSY_TICK_S = 0.2
-LEFTOVER_LIFE_S = 600
 HELLO_TIMEOUT_S = 5.0
+LEFTOVER_LIFE_S = 600
 
 
-class Options(argparse.Namespace):
-    """The command line, after the environment filled the gaps."""
+class Member(argparse.Namespace):
+    """This process: what its environment and command line say, and its log."""
 
     rank: int
     size: int
@@ -82,19 +86,35 @@ class Options(argparse.Namespace):
     control: str
     bind_early: bool
 
-    @property
     def serves(self) -> bool:
         return self.rank == 0 or self.entrypoints == "all"
 
+    def log(self, text: str) -> None:
+        line = f"stub {self.group}/{self.rank} incarnation {self.incarnation}: {text}\n"
+        with contextlib.suppress(OSError):  # when nobody reads any more, an engine goes on without its log
+            os.write(1, line.encode())
 
-def parse_options(argv: list[str], environment: dict[str, str]) -> Options:
+    def fail(self, text: str) -> NoReturn:
+        self.log(f"{text}; exit 1")
+        os._exit(1)
+
+    def bind(self, port: int, *, share: bool = False) -> socket.socket:
+        """A bound socket that does not listen yet; exit 1 when the port is taken."""
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, share)
+        try:
+            listener.bind((self.host, port))
+        except OSError as error:
+            self.fail(f"cannot bind {self.host}:{port}: {error.strerror}")
+        return listener
+
+
+def parse_member(argv: list[str], environment: dict[str, str]) -> Member:
     """Read the command line; ends the process with status 2 and a message when it makes no sense."""
     env = environment.get
-    # rank 0 of one: the stub also works alone, outside a run
     master = f"{env('ROLLOUT_MASTER_ADDR', '')}:{env('ROLLOUT_MASTER_PORT', '')}".strip(":")
-    parser = argparse.ArgumentParser(
-        prog="stub_engine", allow_abbrev=False, description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="stub_engine", description="An inference server without a model.")
     add = parser.add_argument
     add("--rank", type=int, default=env("ROLLOUT_RANK", "0"))
     add("--size", type=int, default=env("ROLLOUT_SIZE", "1"))
@@ -110,36 +130,36 @@ def parse_options(argv: list[str], environment: dict[str, str]) -> Options:
     add("--entrypoints", choices=["all", "leader"], default="leader")
     add("--on-peer-death", choices=["hang", "exit"], default="hang")
     add("--control", default=env("STUB_CONTROL", ""), help="JSON file with the faults")
-    add(
-        "--bind-early",
-        action="store_true",
-        help="bind the HTTP port before loading, listen after, as vLLM does",
-    )
-    options = parser.parse_args(argv, namespace=Options())
-    if not 0 <= options.rank < options.size:
-        parser.error(f"--rank {options.rank} is not below --size {options.size}")
-    if not 0 < options.port < 65536:
-        parser.error(f"--port (or ROLLOUT_HTTP_PORT) must be 1 to 65535, not {options.port}")
-    if options.size > 1 and not options.master.rpartition(":")[2].isdigit():
-        parser.error(f"--size {options.size} needs --master ADDR:PORT, not {options.master!r}")
-    return options
+    add("--bind-early", action="store_true", help="bind, before loading, a port that others may share (vLLM)")
+    member = parser.parse_args(argv, namespace=Member())
+    if not 0 <= member.rank < member.size:
+        parser.error(f"--rank {member.rank} is not below --size {member.size}")
+    if not 0 < member.port < 65536:
+        parser.error(f"--port (or ROLLOUT_HTTP_PORT) must be 1 to 65535, not {member.port}")
+    port = member.master.rpartition(":")[2]
+    if member.size > 1 and not (port.isdigit() and 0 < int(port) < 65536):
+        parser.error(f"--size {member.size} needs --master ADDR:PORT, not {member.master!r}")
+    return member
 
 
 # ------------------------------------------------------------------------------------------------ faults
 
 
 def check_faults(faults: object) -> None:
-    """Raise ValueError, with what would be right, unless `faults` is a mapping of known faults to values that mean something."""
+    """Raise ValueError, with what would be right, unless this maps known faults to usable values."""
     if not isinstance(faults, dict):
         raise ValueError(f"faults must be a mapping of fault to value, not {faults!r}")
     if unknown := sorted(set(faults) - FAULT_NAMES):
         raise ValueError(f"no such fault: {', '.join(unknown)}; there are {', '.join(sorted(FAULT_NAMES))}")
-    for name in ("generation", "health"):
-        kind, _, seconds = str(faults.get(name, "ok")).partition(":")
+    for name in faults.keys() & {"slow_s", "prefill_s", "load_s", "exit"}:
+        if not isinstance(faults[name], int | float):
+            raise ValueError(f"{name} must be a number, not {faults[name]!r}")
+    for name in faults.keys() & {"generation", "health"}:
+        kind, _, seconds = str(faults[name]).partition(":")
         if kind == "slow":
             float(seconds)
         elif kind not in ("ok", "dead", "garbage", "empty") and not kind.isdigit():
-            raise ValueError(f"{name} cannot be {faults[name]!r}; see the table in stub_engine.py")
+            raise ValueError(f"{name} must be ok, dead, garbage, empty, slow:SECONDS or a status, not {kind!r}")
 
 
 def faults_of(control: dict[str, Any], group: str, rank: int, incarnation: int) -> dict[str, Any]:
@@ -154,14 +174,13 @@ def faults_of(control: dict[str, Any], group: str, rank: int, incarnation: int) 
 
 
 def set_fault(control: Path, member: str, **fault: object) -> None:
-    """Add faults for `member` ("*", a group, or "<group>/<rank>") to the control file, which is replaced atomically.
+    """Add faults for `member` ("*", a group, or "<group>/<rank>"); the control file is replaced atomically.
 
-    Faults that were set before stay; `None` takes one back. Raises ValueError for a fault that does not exist.
+    Faults that were set before stay; `None` takes one back. Raises ValueError for an unknown fault.
     """
     content: dict[str, dict[str, object]] = json.loads(control.read_text()) if control.exists() else {}
-    faults = {
-        name: value for name, value in {**content.get(member, {}), **fault}.items() if value is not None
-    }
+    merged = content.get(member, {}) | fault
+    faults = {name: value for name, value in merged.items() if value is not None}
     check_faults(faults)
     _replace(control, {**content, member: faults})
 
@@ -180,10 +199,9 @@ def _replace(control: Path, content: dict[str, dict[str, object]]) -> None:
 class Faults:
     """This member's view of the control file."""
 
-    def __init__(self, options: Options, log: Callable[[str], None]) -> None:
-        self._options = options
-        self._log = log
-        self._lock = threading.Lock()
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._lock = threading.RLock()  # a signal handler may come in between
         self._seen: object = None
         self._active: dict[str, Any] = {}
         self._prefill_until = 0.0
@@ -198,11 +216,11 @@ class Faults:
 
     def refresh(self) -> None:
         """Read the file again if it changed, and do at once what a new fault asks for."""
-        if not self._options.control:
+        if not self._member.control:
             return
         with self._lock:
             try:
-                status = os.stat(self._options.control)
+                status = os.stat(self._member.control)
                 seen: object = (status.st_ino, status.st_mtime_ns, status.st_size)
             except FileNotFoundError:
                 seen = None
@@ -212,21 +230,21 @@ class Faults:
             try:
                 new = self._read() if seen else {}
             except (OSError, ValueError, TypeError, AttributeError) as error:
-                self._log(f"{self._options.control} is left unused: {error}")
+                self._member.log(f"{self._member.control} is left unused: {error}")
                 return
             before, self._active = self._active, new
             if new != before:
-                self._log(f"faults: {json.dumps(new)}")
+                self._member.log(f"faults: {json.dumps(new)}")
             if new.get("prefill_s") != before.get("prefill_s"):
                 self._prefill_until = time.monotonic() + float(new.get("prefill_s", 0))
             if "exit" in new:
-                self._log(f"exit with {new['exit']}, as the control file asks")
+                self._member.log(f"exit with {new['exit']}, as the control file asks")
                 os._exit(int(new["exit"]))
 
     def _read(self) -> dict[str, Any]:
-        with open(self._options.control, "rb") as file:
+        with open(self._member.control, "rb") as file:
             control = json.loads(file.read())
-        return faults_of(control, self._options.group, self._options.rank, self._options.incarnation)
+        return faults_of(control, self._member.group, self._member.rank, self._member.incarnation)
 
     def watch(self) -> None:
         while True:
@@ -240,49 +258,39 @@ class Faults:
 class Collective:
     """The links of the ranks, a star around rank 0. One line per message: `ask N`, answered by `done N`."""
 
-    def __init__(self, options: Options, faults: Faults, log: Callable[[str], None]) -> None:
-        self._options = options
+    def __init__(self, member: Member, faults: Faults) -> None:
+        self._member = member
         self._faults = faults
-        self._log = log
-        self._peers = set(range(1, options.size)) if options.rank == 0 else {0}
+        self._peers = set(range(1, member.size)) if member.rank == 0 else {0}
         self._links: dict[int, socket.socket] = {}
         self._changed = threading.Condition()
         self._sending = threading.Lock()
         self._owed: dict[int, set[int]] = {}
         self._rounds = 0
-        self._hello = {
-            "group": options.group,
-            "size": options.size,
-            "incarnation": options.incarnation,
-            "rank": options.rank,
-        }
+        self._hello = {name: getattr(member, name) for name in ("rank", "group", "size", "incarnation")}
         self.loaded = threading.Event()
 
     def rendezvous(self) -> None:
-        """Return once every rank has joined; exit 1 when that takes too long or this rank does not belong there."""
-        if self._options.size == 1:
+        """Return once every rank has joined; exit 1 if that takes too long or this one is refused."""
+        if self._member.size == 1:
             return
-        deadline = time.monotonic() + self._options.rendezvous_timeout_s
-        if self._options.rank == 0:
+        deadline = time.monotonic() + self._member.rendezvous_timeout_s
+        if self._member.rank == 0:
             self._gather(deadline)
         else:
             self._join(deadline)
-        self._log("rendezvous complete")
+        self._member.log("rendezvous complete")
 
     def _gather(self, deadline: float) -> None:
-        port = int(self._options.master.rpartition(":")[2])
-        listener = bind(self._options.host, port, self._log)
+        port = int(self._member.master.rpartition(":")[2])
+        listener = self._member.bind(port)
         listener.listen(128)
         # For life, as a TCPStore: a rank that comes late or from elsewhere must hear that it is refused.
         spawn(accept_all, listener, self._welcome)
         with self._changed:
-            if not self._changed.wait_for(
-                lambda: self._links.keys() == self._peers, deadline - time.monotonic()
-            ):
-                fail(
-                    self._log,
-                    f"rendezvous timed out; still missing: ranks {sorted(self._peers - self._links.keys())}",
-                )
+            self._changed.wait_for(lambda: self._links.keys() == self._peers, deadline - time.monotonic())
+        if missing := sorted(self._peers - self._links.keys()):
+            self._member.fail(f"rendezvous timed out; still missing: ranks {missing}")
         for link in self._links.values():
             self._send(link, "go")
 
@@ -293,12 +301,10 @@ class Collective:
             hello = json.loads(lines.readline())
             rank = int(hello["rank"])
             refusal = self._refusal(hello, rank)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self._log(f"refused a connection to the master port: no word of who it is ({error})")
-            link.close()
-            return
+        except (OSError, ValueError, KeyError, TypeError):
+            refusal = "a connection to the master port that does not say who it is"
         if refusal:
-            self._log(f"refused {refusal}")
+            self._member.log(f"refused {refusal}")
             self._send(link, f"refused {refusal}")
             lines.close()
             link.close()
@@ -314,38 +320,38 @@ class Collective:
             if hello[name] != self._hello[name]:
                 return f"rank {rank}: its {name} is {hello[name]}, here it is {self._hello[name]}"
         if rank not in self._peers:
-            return f"rank {rank}: no such rank in a group of {self._options.size}"
+            return f"rank {rank}: no such rank in a group of {self._member.size}"
         return f"rank {rank}: it is here already" if rank in self._links else ""
 
     def _join(self, deadline: float) -> None:
-        host, _, port = self._options.master.rpartition(":")
+        host, _, port = self._member.master.rpartition(":")
         pause_s = 0.002
         while True:
             link = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             link.settimeout(max(0.001, deadline - time.monotonic()))
-            try:
+            lines = link.makefile("rb")
+            word = rest = ""
+            with contextlib.suppress(OSError, ValueError):  # nobody there yet, or a stranger
                 link.connect((host, int(port)))
                 link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._send(link, json.dumps(self._hello))
-                lines = link.makefile("rb")
                 word, _, rest = lines.readline().decode().strip().partition(" ")
-            except OSError:
-                word, rest = "", ""
             if word == "go":
                 link.settimeout(None)
                 self._links[0] = link
                 spawn(self._listen_to, 0, link, lines)
                 return
+            lines.close()
             link.close()
             if word == "refused":
-                fail(self._log, f"rank 0 at {self._options.master} refused {rest}")
+                self._member.fail(f"rank 0 at {self._member.master} refused {rest}")
             if time.monotonic() >= deadline:
-                fail(self._log, f"rendezvous timed out: no group at {self._options.master}")
+                self._member.fail(f"rendezvous timed out: no group at {self._member.master}")
             time.sleep(pause_s)
             pause_s = min(POLL_S, pause_s * 1.5)
 
     def _listen_to(self, rank: int, link: socket.socket, lines: BufferedReader) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while line := lines.readline():
                 word, _, number = line.decode().strip().partition(" ")
                 if word == "ask":
@@ -355,33 +361,29 @@ class Collective:
                     with self._changed:
                         self._owed.get(int(number), set()).discard(rank)
                         self._changed.notify_all()
-        except OSError:
-            pass
-        self._log(f"rank {rank} is gone; on peer death: {self._options.on_peer_death}")
-        if self._options.on_peer_death == "exit":
+        self._member.log(f"rank {rank} is gone; on peer death: {self._member.on_peer_death}")
+        if self._member.on_peer_death == "exit":
             os._exit(1)
 
     def _answer(self, link: socket.socket, number: str) -> None:
         self.loaded.wait()
         while self._faults.get("generation") == "dead":
             time.sleep(POLL_S)
-        if self._options.rank == 0:
+        if self._member.rank == 0:
             self.round_trip()
         self._send(link, f"done {number}")
 
     def _send(self, link: socket.socket, line: str) -> None:
-        with self._sending:
-            try:
-                link.sendall(line.encode() + b"\n")
-            except OSError:
-                pass  # a dead peer: whoever waits for its answer waits for ever, and that is the point
+        # To a dead peer nothing is sent: whoever waits for its answer waits for ever, and that is the point.
+        with self._sending, contextlib.suppress(OSError):
+            link.sendall(line.encode() + b"\n")
 
     def round_trip(self, still_wanted: Callable[[], None] = lambda: None) -> None:
         """Return when every rank has answered, however long that takes.
 
         `still_wanted` is called now and then and may raise to give up.
         """
-        if self._options.size == 1:
+        if self._member.size == 1:
             return
         with self._changed:
             self._rounds += 1
@@ -451,7 +453,7 @@ def converse(connection: socket.socket, handler: Handler) -> None:
     with connection, connection.makefile("rb") as lines:
         try:
             while (words := lines.readline().decode("latin-1").split()) and len(words) == 3:
-                headers = {}
+                headers: dict[str, str] = {}
                 while (line := lines.readline().decode("latin-1").strip()) and len(headers) < 256:
                     name, _, value = line.partition(":")
                     headers[name.lower()] = value.strip()
@@ -459,8 +461,9 @@ def converse(connection: socket.socket, handler: Handler) -> None:
                 status, kind, content = handler(Request(connection, words[0], words[1], body))
                 keep = words[2] == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
                 head = (
-                    f"HTTP/1.1 {status} {REASONS.get(status, 'Fault')}\r\nServer: stub_engine\r\nContent-Type: {kind}\r\n"
-                    f"Content-Length: {len(content)}\r\nConnection: {'keep-alive' if keep else 'close'}\r\n\r\n"
+                    f"HTTP/1.1 {status} {'OK' if status < 400 else 'Error'}\r\n"
+                    f"Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n"
+                    f"Connection: {'keep-alive' if keep else 'close'}\r\n\r\n"
                 )
                 connection.sendall(head.encode() + content)
                 if not keep:
@@ -472,31 +475,22 @@ def converse(connection: socket.socket, handler: Handler) -> None:
 class Server:
     """What an entrypoint answers, and the counters behind `/metrics`."""
 
-    def __init__(self, options: Options, faults: Faults, collective: Collective) -> None:
-        self._options = options
+    def __init__(self, member: Member, faults: Faults, collective: Collective) -> None:
+        self._member = member
         self._faults = faults
         self._collective = collective
         self._lock = threading.Lock()
-        self._counts = dict.fromkeys(
-            (
-                "tokens_total",
-                "generated_tokens_total",
-                "iterations_total",
-                "requests_running",
-                "requests_waiting",
-            ),
-            0,
-        )
+        self._counts = dict.fromkeys(COUNTERS + GAUGES, 0)
 
     def handle(self, request: Request) -> Response:
         if request.route == "GET /health":
             return self._faulty("health", request) or (200, "text/plain", b"")
-        if not self._options.serves:
+        if not self._member.serves():
             return problem(404, "this rank is not an entrypoint; it serves a dummy /health only")
         if request.route == "GET /metrics":
             return 200, "text/plain; version=0.0.4", self._metrics().encode()
         if request.route == "GET /v1/models":
-            model = {"id": self._options.model or "stub", "object": "model", "created": 0, "owned_by": "stub"}
+            model = {"id": self._member.model or "stub", "object": "model", "created": 0, "owned_by": "stub"}
             return reply(200, {"object": "list", "data": [model]})
         if request.route in ("POST /v1/chat/completions", "POST /v1/completions"):
             return self._completions(request)
@@ -505,14 +499,12 @@ class Server:
     def _completions(self, request: Request) -> Response:
         try:
             wish = json.loads(request.body)
-            model = wish.get("model", self._options.model or "stub")
+            model = wish.get("model", self._member.model or "stub")
             tokens = int(wish.get("max_completion_tokens") or wish.get("max_tokens") or 16)
         except (ValueError, AttributeError, TypeError) as error:
             return problem(400, f"the body is not a JSON object of this API: {error}")
-        if self._options.model and model != self._options.model:
-            return problem(
-                404, f"the model {model!r} does not exist; this engine serves {self._options.model!r}"
-            )
+        if self._member.model and model != self._member.model:
+            return problem(404, f"the model {model!r} does not exist, only {self._member.model!r}")
         if wish.get("stream"):
             return problem(400, "the stub engine does not stream")
         self._count(requests_waiting=1)
@@ -559,9 +551,9 @@ class Server:
             "model": model,
             "choices": [{"index": 0, **answer, "finish_reason": "length"}],
             "usage": {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1},
-            "group": self._options.group,
-            "rank": self._options.rank,
-            "incarnation": self._options.incarnation,
+            "group": self._member.group,
+            "rank": self._member.rank,
+            "incarnation": self._member.incarnation,
         }
 
     def _count(self, **changes: int) -> None:
@@ -572,11 +564,11 @@ class Server:
     def _metrics(self) -> str:
         with self._lock:
             counts = dict(self._counts)
-        kinds = {name: "counter" if name.endswith("_total") else "gauge" for name in counts}
+        kinds = dict.fromkeys(COUNTERS, "counter") | dict.fromkeys(GAUGES, "gauge")
         return "".join(f"# TYPE stub_{name} {kinds[name]}\nstub_{name} {counts[name]}\n" for name in counts)
 
     def be_busy(self) -> None:
-        """Do the work of the requests that nobody sent, while saturated or in a prefill. It needs every rank, too."""
+        """While saturated or prefilling, work as for requests that nobody sent; it needs every rank, too."""
         while True:
             time.sleep(BUSY_TICK_S)
             prefilling = self._faults.prefilling()
@@ -596,36 +588,18 @@ def spawn(target: Callable[..., None], *args: object) -> None:
     threading.Thread(target=target, args=args, daemon=True).start()
 
 
-def fail(log: Callable[[str], None], message: str) -> NoReturn:
-    log(f"{message}; exit 1")
-    os._exit(1)
-
-
-def bind(host: str, port: int, log: Callable[[str], None]) -> socket.socket:
-    """A bound socket that does not listen yet; exit 1 when the port is taken."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        fail(log, f"cannot bind {host}:{port}: {error.strerror}")
-    return listener
-
-
 def accept_all(listener: socket.socket, talk: Callable[..., None], *args: object) -> NoReturn:
     while True:
         try:
             connection, _ = listener.accept()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError:  # out of descriptors, or the client left before it was accepted
             time.sleep(POLL_S)
             continue
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         spawn(talk, connection, *args)
 
 
-def leave_behind(
-    name: str, environment: dict[str, str], held: Iterable[int], log: Callable[[str], None]
-) -> None:
+def leave_behind(member: Member, name: str, environment: dict[str, str], held: list[int]) -> None:
     """Fork twice, so that the process has no tie to this one, and keep the descriptors `held` open in it.
 
     Must run before the first thread is started: only the forking thread goes on in a fork.
@@ -637,7 +611,7 @@ def leave_behind(
     os.setsid()
     if os.fork():
         os._exit(0)
-    log(f"{name}: pid {os.getpid()}")
+    member.log(f"{name}: pid {os.getpid()}")
     for descriptor in held:
         os.set_inheritable(descriptor, True)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -651,52 +625,47 @@ def session_root(request: Request) -> Response:
     return (200, "text/plain", b"") if request.route == "GET /" else problem(404, "only / is here")
 
 
-def main(argv: list[str] | None = None) -> NoReturn:
-    options = parse_options(sys.argv[1:] if argv is None else argv, dict(os.environ))
-    prefix = f"stub {options.group}/{options.rank} incarnation {options.incarnation}: "
-
-    def log(text: str) -> None:
-        try:
-            os.write(1, f"{prefix}{text}\n".encode())
-        except OSError:
-            pass  # nobody reads it any more; an engine goes on without its log
+def main() -> NoReturn:
+    member = parse_member(sys.argv[1:], dict(os.environ))
+    faults = Faults(member)
 
     def on_term(number: int, _frame: object) -> None:
         if not faults.get("ignore_term"):
             os._exit(0)
-        log(f"signal {number} ignored, as the control file asks")
+        member.log(f"signal {number} ignored, as the control file asks")
 
-    faults = Faults(options, log)
     signal.signal(signal.SIGTERM, on_term)
     signal.signal(signal.SIGINT, on_term)
-    log(f"start, pid {os.getpid()}")
+    member.log(f"start, pid {os.getpid()}")
     if faults.get("crash_at_start"):
-        fail(log, "crash at start, as the control file asks")
+        member.fail("crash at start, as the control file asks")
     orphan = faults.get("orphan")
-    listener = bind(options.host, options.port, log) if options.bind_early or orphan else None
+    # vLLM sets SO_REUSEPORT: a new engine starts beside an old one, and the kernel deals requests to both.
+    early = member.bind_early or orphan
+    listener = member.bind(member.port, share=member.bind_early) if early else None
     if orphan and listener:
-        leave_behind("orphan", {}, [listener.fileno()], log)
+        leave_behind(member, "orphan", {}, [listener.fileno()])
     if faults.get("daemon_child"):
-        leave_behind("daemon_child", dict(os.environ), [], log)
-    if options.control:
+        leave_behind(member, "daemon_child", dict(os.environ), [])
+    if member.control:
         spawn(faults.watch)
 
-    collective = Collective(options, faults, log)
+    collective = Collective(member, faults)
     collective.rendezvous()
-    time.sleep(float(faults.get("load_s", options.load_s)))
+    time.sleep(float(faults.get("load_s", member.load_s)))
     collective.loaded.set()
-    server = Server(options, faults, collective)
-    if options.serves:
+    server = Server(member, faults, collective)
+    if member.serves():
         collective.round_trip()  # the warm-up: nobody serves before every rank has loaded
-        if options.control:
+        if member.control:
             spawn(server.be_busy)
-    if options.session_port:
-        session = bind(options.host, options.session_port, log)
+    if member.session_port:
+        session = member.bind(member.session_port)
         session.listen(128)
         spawn(accept_all, session, converse, session_root)
-    listener = listener or bind(options.host, options.port, log)
+    listener = listener or member.bind(member.port)
     listener.listen(1024)
-    log(f"listening on {options.host}:{options.port}")
+    member.log(f"listening on {member.host}:{member.port}")
     accept_all(listener, converse, server.handle)
 
 

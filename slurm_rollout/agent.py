@@ -1,0 +1,1295 @@
+#!/usr/bin/env python3
+"""slurm-rollout-agent: the command of every step of a slurm-rollout run. Nobody starts it by hand.
+
+It gets its orders in the environment variable ROLLOUT_STEP (JSON), proves that nothing of an older incarnation of its
+group is left on this node (the fence), waits for the signal to go, starts its engines, watches them, and ends with its
+whole process tree dead. What it finds out goes to standard output, one JSON object a line. What an engine prints goes
+to that engine's log. docs/agent-protocol.md describes all of it.
+
+Signals: USR2 go; USR1, TERM, INT, HUP, QUIT stop.
+Exit status: 0 stopped or swept as asked, 80 an engine ended by itself, 81 a port is busy, 82 a leftover process could
+not be ended, 83 GPU memory is not back, 84 an equal or newer incarnation is here, 85 an engine could not be started,
+86 bad orders or an unusable node.
+
+One file, standard library only, Python 3.9 or newer.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import signal
+import socket
+import stat
+import sys
+import time
+
+# Every import delays every recovery: what only some steps need is imported where it is needed, `typing` not at all.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from typing import Any, Union
+
+    Evidence = tuple[int, str]  # incarnation, and what gave the process away
+
+STATUS = {
+    "stopped": 0,
+    "swept": 0,
+    "engine_exited": 80,
+    "port_busy": 81,
+    "leftover_process": 82,
+    "gpu_memory": 83,
+    "other_incarnation": 84,
+    "exec_failed": 85,
+    "bad_config": 86,
+}
+FENCE_CAUSES = ("leftover_process", "port_busy", "gpu_memory")  # where several last to the deadline: the first decides
+STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+GO_SIGNAL = signal.SIGUSR2
+GPU_MASKS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
+
+REPORT_TIMEOUT_S = 1.0  # a reader that is stopped must not stop the agent
+QUIET_FENCE_S = 0.2  # what is over sooner than this is not worth a report
+SMI_PERIOD_S = 0.5
+SMI_SILENT_S = 5.0  # from then on nvidia-smi counts as hanging
+COUNTER_TIMEOUT_S = 10.0
+MAX_BODY_BYTES = 8 << 20
+LAST_LINES = 20
+LAST_LINES_BYTES = 4096
+
+# An address of the loopback network that no connection uses, so that only sockets bound to every address are in its way.
+ODD_LOOPBACK = "127.83.108.114"
+
+
+class End(Exception):
+    """Why the agent ends. Its tree is killed before the exit record is written, wherever this was raised."""
+
+    def __init__(self, cause: str, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.record = {"cause": cause, "message": message, **details}
+
+
+def report(kind: str, **details: Any) -> None:
+    """Write one report. Nobody reading any more (srun is gone), or not now, changes nothing about the agent's duty."""
+    line = (json.dumps({"report": kind, **details}) + "\n").encode()
+    try:
+        if select.select([], [1], [], REPORT_TIMEOUT_S)[1]:
+            while line:
+                line = line[os.write(1, line) :]
+    except (OSError, ValueError):
+        pass
+
+
+# -------------------------------------------------------------------------------------------------------------- orders
+
+
+class Member:
+    """One engine process."""
+
+    def __init__(self, orders: Orders) -> None:
+        self.rank: int = orders.get("rank", int)
+        self.gpus: list[int] = orders.items("gpus", int)
+        self.argv: list[str] = orders.items("argv", str)
+        if not self.argv:
+            orders.wrong("argv", "must not be empty")
+        self.env: dict[str, str] = orders.get("env", dict)
+        if not all(isinstance(value, str) for value in self.env.values()):
+            orders.wrong("env", "must hold strings only")
+        self.port: int = orders.get("port", int)
+        self.ports: list[int] = orders.items("ports", int)
+        self.entrypoint: bool = orders.get("entrypoint", bool)
+        self.log: str = orders.get("log", str)
+
+
+class Probe:
+    """How the agent probes an entrypoint of its own."""
+
+    def __init__(self, orders: Orders) -> None:
+        self.period_s: float = orders.get("period_s", float)
+        self.timeout_s: float = orders.get("timeout_s", float)
+        self.failure_threshold: int = orders.get("failure_threshold", int)
+        self.path: str = orders.get("path", str)
+        self.body: str = orders.get("body", str)
+        self.expect: str = orders.get("expect", str)
+        counter = orders.get("counter", dict, None)
+        self.counter_path: str = counter["path"] if counter else ""
+        self.counter_name: str = counter["name"] if counter else ""
+
+
+class Step:
+    """What ROLLOUT_STEP orders."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise End("bad_config", "ROLLOUT_STEP is not JSON: " + str(error)) from None
+        orders = Orders(value, "ROLLOUT_STEP")
+        version = orders.get("version", int)
+        if version != 1:
+            orders.wrong("version", "must be 1: agent and coordinator are of different releases")
+        self.mode: str = orders.get("mode", str)
+        if self.mode not in ("serve", "sweep"):
+            orders.wrong("mode", "must be serve or sweep")
+        self.run_id: str = orders.get("run_id", str)
+        self.group: str = orders.get("group", str)
+        self.incarnation: int = orders.get("incarnation", int)
+        self.node: str = orders.get("node", str)
+        for key, part in (("run_id", self.run_id), ("group", self.group), ("node", self.node)):
+            if not part or "\0" in part or ("/" in part and key != "group") or part.strip(".") == "":
+                orders.wrong(key, "must be usable as a file name")
+        self.members = [Member(member) for member in orders.objects("members")]
+        self.setup: list[str] = orders.items("setup", str)
+        fence = orders.object("fence")
+        self.fence_timeout_s: float = fence.get("timeout_s", float)
+        self.gpu_memory_mb: int = fence.get("gpu_memory_mb", int)
+        self.unshared_gpus: bool = fence.get("unshared_gpus", bool)
+        self.grace_s: float = orders.object("stop").get("grace_s", float)
+        self.probe = Probe(orders.object("probe")) if orders.get("probe", dict, None) else None
+        self.log_max_bytes: int = orders.object("log").get("max_bytes", int)
+        self.state_dir: str = orders.get("state_dir", str, "") or f"/tmp/slurm-rollout-{os.getuid()}"
+        self.slurm_step = slurm_step()
+        self.newest_old = self.incarnation if self.mode == "sweep" else self.incarnation - 1
+
+    @property
+    def mark(self) -> str:
+        return f"{self.run_id}/{self.group}/{self.incarnation}/{self.node}"
+
+
+class Orders:
+    """A JSON object of ROLLOUT_STEP; every complaint names the place and the value."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        if not isinstance(value, dict):
+            raise End("bad_config", f"{where} must be an object, not {json.dumps(value)[:100]}")
+        self.value = value
+        self.where = where
+
+    def wrong(self, key: str, what: str) -> None:
+        shown = json.dumps(self.value[key])[:100] if key in self.value else "missing"
+        raise End("bad_config", f"{self.where}: {key} {what}; it is {shown}")
+
+    def get(self, key: str, kind: type, *default: Any) -> Any:
+        value = self.value.get(key, *default)
+        if default and value == default[0]:
+            return value
+        wanted = (int, float) if kind is float else kind
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+            self.wrong(key, f"must be of type {kind.__name__}")
+        return value
+
+    def items(self, key: str, kind: type) -> Any:
+        value = self.get(key, list)
+        if not all(isinstance(item, kind) and not (isinstance(item, bool) and kind is int) for item in value):
+            self.wrong(key, f"must be a list of {kind.__name__}")
+        return value
+
+    def object(self, key: str) -> Orders:
+        return Orders(self.get(key, dict), f"{self.where}.{key}")
+
+    def objects(self, key: str) -> list[Orders]:
+        return [Orders(item, f"{self.where}.{key}[{n}]") for n, item in enumerate(self.get(key, list))]
+
+
+def slurm_step() -> dict[str, str]:
+    """Which Slurm step this is. Since 21.08 step numbers begin anew after a requeue: the restart count belongs to it."""
+    environ = os.environ
+    job = environ.get("SLURM_JOB_ID", "")
+    step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", ""))
+    return {"job": job, "step": step, "restart": environ.get("SLURM_RESTART_COUNT", "0")} if job and step else {}
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+class Inbox:
+    """The signals that came and the children that ended.
+
+    Signals are blocked and taken by sigtimedwait, so that none is lost or comes at a bad moment, whenever it is sent.
+    """
+
+    def __init__(self) -> None:
+        self.go = False
+        self.stop = ""  # name of the signal
+        self.exits: dict[int, int] = {}  # pid -> wait status, in the order in which they were reaped
+        self.childless = False
+        self._heed_stop = True
+        # Ignored signals are inherited over exec, and children of a process that ignores SIGCHLD reap themselves.
+        for number in (*STOP_SIGNALS, GO_SIGNAL, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        self._wanted = {*STOP_SIGNALS, GO_SIGNAL, signal.SIGCHLD}
+        self.original_mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._wanted)
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Wait for a signal or a child's end, at most `timeout_s`. Raises `End` at the first stop."""
+        if timeout_s is None:
+            self._take(signal.sigwaitinfo(self._wanted).si_signo)
+        else:
+            self._take_one(max(0.0, timeout_s))
+        while self._take_one(0):
+            pass
+        self._reap()
+        if self.stop and self._heed_stop:
+            self._heed_stop = False
+            raise End("stopped", f"stopped by {self.stop}")
+
+    def ignore_stop(self) -> None:
+        """From now on the agent is ending anyway."""
+        self._heed_stop = False
+
+    def _take_one(self, timeout_s: float) -> bool:
+        info = signal.sigtimedwait(self._wanted, timeout_s)
+        if info is not None:
+            self._take(info.si_signo)
+        return info is not None
+
+    def _take(self, number: int) -> None:
+        if number == GO_SIGNAL:
+            self.go = True
+        elif number != signal.SIGCHLD:
+            self.stop = self.stop or signal.Signals(number).name
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                self.childless = True
+                return
+            if pid == 0:
+                self.childless = False
+                return
+            self.exits[pid] = status
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+class Process:
+    """One process, as /proc/PID/stat has it; told from a later one with the same pid by its start time."""
+
+    __slots__ = ("dead", "name", "parent", "pid", "start")
+
+    def __init__(self, pid: int, text: bytes) -> None:
+        after = text.rindex(b")")
+        fields = text[after + 2 :].split(None, 20)
+        self.pid = pid
+        self.name = text[text.index(b"(") + 1 : after].decode(errors="replace")
+        self.parent = int(fields[1])
+        self.start = int(fields[19])
+        # A main thread that ended is a zombie too, while other threads of the process live on.
+        self.dead = fields[0] in (b"Z", b"X") and int(fields[17]) <= 1
+
+
+def read_process(pid: int) -> Process | None:
+    text = read_file(f"/proc/{pid}/stat")
+    return Process(pid, text) if text else None
+
+
+def processes(uid: int | None = None) -> dict[int, Process]:
+    """Return the living processes, of one user only where `uid` is given (kernel threads make up most of the rest)."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            if uid is not None and os.stat("/proc/" + entry).st_uid != uid:
+                continue
+        except OSError:
+            continue
+        process = read_process(int(entry))
+        if process is not None and not process.dead:
+            found[process.pid] = process
+    return found
+
+
+def below(table: Mapping[int, Process], roots: Iterable[int], spared: Iterable[int] = ()) -> list[Process]:
+    """Return the descendants of `roots`, nothing of what is `spared` nor below it."""
+    children: dict[int, list[Process]] = {}
+    for process in table.values():
+        children.setdefault(process.parent, []).append(process)
+    seen, queue, found = {*roots, *spared}, list(roots), []
+    while queue:
+        for child in children.get(queue.pop(), ()):
+            if child.pid not in seen:
+                seen.add(child.pid)
+                queue.append(child.pid)
+                found.append(child)
+    return found
+
+
+def read_file(path: str) -> bytes:
+    """Return the file's bytes; none where it is gone or not for us."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return b""
+    try:
+        parts = []
+        while True:
+            part = os.read(fd, 65536)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    try:
+        os.kill(pid, number)
+    except OSError:
+        pass
+
+
+def load_prctl() -> Callable[[int, int], int]:
+    """Return the C library's prctl."""
+    try:
+        import ctypes
+
+        function = ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError) as error:
+        raise End("bad_config", f"{sys.executable}: prctl is not available through ctypes: {error}") from None
+    return lambda option, value: int(function(option, value, 0, 0, 0))
+
+
+def become_subreaper(prctl: Callable[[int, int], int]) -> None:
+    """From now on whatever an engine leaves behind becomes our child, however it detached itself."""
+    if prctl(36, 1) != 0:  # PR_SET_CHILD_SUBREAPER
+        raise End("bad_config", "this kernel refuses PR_SET_CHILD_SUBREAPER")
+
+
+def spawn(
+    argv: list[str],
+    env: Mapping[str, str],
+    inbox: Inbox,
+    *,
+    stdout: int,
+    stderr: int,
+    prctl: Callable[[int, int], int] | None = None,
+) -> tuple[int, int]:
+    """Start a process in a process group of its own. With `prctl`, it dies with this one.
+
+    Returns:
+        Its pid, and a pipe that ends when it runs `argv`, or says before that why it does not.
+    """
+    parent = os.getpid()
+    null = os.open("/dev/null", os.O_RDONLY)
+    result, writer = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(null)
+        os.close(writer)
+        return pid, result
+    try:
+        if prctl is not None:
+            prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:
+                os._exit(1)
+        os.setpgid(0, 0)
+        os.dup2(null, 0)
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and that would be inherited
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, inbox.original_mask)
+        os.execvpe(argv[0], argv, env)
+    except BaseException as error:
+        text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        os.write(writer, text.encode()[:512])
+    finally:
+        os._exit(127)
+
+
+def end_tree(inbox: Inbox) -> None:
+    """Kill every descendant until none is left. A process that does not die (D state) keeps this waiting for ever."""
+    inbox.ignore_stop()
+    uid: int | None = os.getuid()
+    pause_s = 0.002
+    while True:
+        inbox.wait(0)
+        # Orphans come to us: without a child there is no descendant either.
+        if inbox.childless:
+            return
+        for process in below(processes(uid), [os.getpid()]):
+            kill(process.pid)
+        inbox.wait(pause_s)
+        # /proc shows a process with privileges under another user than it runs as: look at all of them from now on.
+        uid = None
+        pause_s = min(2 * pause_s, 0.25)
+
+
+# ------------------------------------------------------------------------------------------- claims and process lists
+
+
+class Records:
+    """The node-local directory of one group: claims, and who belongs to an agent that may not be able to say so."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._boot = read_file("/proc/sys/kernel/random/boot_id").decode().strip()
+        self._written: list[list[int]] = []
+        try:
+            own_directory(step.state_dir)
+            self._path = os.path.join(step.state_dir, step.run_id, step.node, step.group.replace("/", "~"))
+            os.makedirs(self._path, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise End("bad_config", f"state directory {step.state_dir} cannot be used: {error}") from None
+
+    def claim(self) -> None:
+        """Claim the incarnation. Raises `End` where it, or a newer one, was claimed on this node."""
+        step = self._step
+        try:
+            os.close(os.open(os.path.join(self._path, f"claim-{step.incarnation}"), os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            raise self._other(step.incarnation) from None
+        except OSError as error:
+            raise End("bad_config", f"no claim can be written to {self._path}: {error}") from None
+        # Looked at after our own claim was made, so that of two agents at least the older one sees the other.
+        newest = max((n for n, _ in self._numbered("claim-")), default=0)
+        if newest > step.incarnation:
+            raise self._other(newest)
+
+    def _other(self, incarnation: int) -> End:
+        step = self._step
+        return End(
+            "other_incarnation",
+            f"{step.group}: incarnation {incarnation} was started on {step.node} before this one,"
+            f" {step.incarnation}: nothing was done",
+        )
+
+    def write(self) -> None:
+        """Write down our descendants, where anything changed since the last time."""
+        table = processes(os.getuid())
+        me = os.getpid()
+        rows = sorted([p.pid, p.start] for p in [*below(table, [me]), table[me]])
+        if rows == self._written:
+            return
+        name = self._list_name(self._step.incarnation)
+        text = json.dumps({"boot": self._boot, "slurm": self._step.slurm_step, "processes": rows})
+        try:
+            with open(name + ".new", "w", encoding="ascii") as f:
+                f.write(text)
+            os.rename(name + ".new", name)
+        except OSError as error:
+            print(f"process list {name}: {error}", file=sys.stderr)
+            return
+        self._written = rows
+
+    def remove(self) -> None:
+        """Our tree is dead: nobody needs to look for it."""
+        self._unlink(self._step.incarnation)
+
+    def old(self) -> dict[int, dict[str, Any]]:
+        """Return the lists of this boot that older agents left, by incarnation."""
+        found = {}
+        for incarnation, name in self._numbered("processes-"):
+            if incarnation > self._step.newest_old:
+                continue
+            try:
+                value = json.loads(read_file(name))
+            except ValueError:
+                continue
+            if value["boot"] == self._boot:
+                found[incarnation] = value
+        return found
+
+    def forget_old(self) -> None:
+        """Nothing in the older lists is alive any more."""
+        for incarnation, _ in self._numbered("processes-"):
+            if incarnation <= self._step.newest_old:
+                self._unlink(incarnation)
+
+    def _list_name(self, incarnation: int) -> str:
+        return os.path.join(self._path, f"processes-{incarnation}")
+
+    def _unlink(self, incarnation: int) -> None:
+        try:
+            os.unlink(self._list_name(incarnation))
+        except OSError:
+            pass
+
+    def _numbered(self, prefix: str) -> list[tuple[int, str]]:
+        return [
+            (int(name[len(prefix) :]), os.path.join(self._path, name))
+            for name in os.listdir(self._path)
+            if name.startswith(prefix) and name[len(prefix) :].isdigit()
+        ]
+
+
+def own_directory(path: str) -> None:
+    """Make the directory, or see that it is ours alone to write: its name can be foreseen by others of the node."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.ENOTDIR, "not a directory, or a symbolic link to one")
+    if found.st_uid != os.getuid():
+        raise OSError(errno.EPERM, f"belongs to {user_name(found.st_uid)}")
+    if found.st_mode & 0o022:
+        raise OSError(errno.EPERM, "others may write to it")
+
+
+# ----------------------------------------------------------------------------------------------- leftovers of the past
+
+
+def leftovers(step: Step, records: Records) -> dict[int, tuple[Process, Evidence]]:
+    """Return the living processes of older incarnations of this group on this node.
+
+    Known by the mark in their environment; by the list of an older agent (engines erase their environment when they set
+    their title); by their Slurm step; or because one of these started them.
+    """
+    table = processes(os.getuid())
+    lists = records.old()
+    listed: dict[tuple[int, int], int] = {}
+    steps: dict[bytes, int] = {}
+    for incarnation, old in lists.items():
+        listed.update({(pid, start): incarnation for pid, start in old["processes"]})
+        slurm = old["slurm"]
+        # A step number means something within one start of the job only, and our own step is no leftover.
+        if slurm and step.slurm_step and slurm != step.slurm_step and slurm["restart"] == step.slurm_step["restart"]:
+            steps[f"/job_{slurm['job']}/step_{slurm['step']}/".encode()] = incarnation
+    spared = {os.getpid(), *(p.pid for p in below(table, [os.getpid()])), *ancestors(table)}
+    found: dict[int, tuple[Process, Evidence]] = {}
+    for pid, process in table.items():
+        if pid in spared:
+            continue
+        whose = marked(step, process)
+        if whose == 0:
+            spared.add(pid)
+        elif whose is not None:
+            found[pid] = process, (whose, "mark")
+        elif (pid, process.start) in listed:
+            found[pid] = process, (listed[pid, process.start], "process list")
+        elif steps:
+            cgroup = read_file(f"/proc/{pid}/cgroup")
+            for part, incarnation in steps.items():
+                if part in cgroup:
+                    found[pid] = process, (incarnation, "Slurm step")
+    for pid in list(found):
+        for process in below(table, [pid], spared):
+            found.setdefault(process.pid, (process, (found[pid][1][0], "parent")))
+    return found
+
+
+def ancestors(table: Mapping[int, Process]) -> Iterator[int]:
+    pid = os.getppid()
+    while pid in table:
+        yield pid
+        pid = table[pid].parent
+
+
+def marked(step: Step, process: Process) -> int | None:
+    """Return the older incarnation that the process's mark names, 0 for one that must live, None without a mark."""
+    if process.name in ("srun", "slurmstepd"):
+        return 0  # srun carries the mark of its step, but is the coordinator's; slurmstepd is Slurm's
+    mark, orders = b"", b""
+    for variable in read_file(f"/proc/{process.pid}/environ").split(b"\0"):
+        if variable.startswith(b"ROLLOUT_MARK="):
+            mark = variable[13:]
+        elif variable.startswith(b"ROLLOUT_STEP="):
+            orders = variable[13:]
+    if not mark:
+        return None
+    before, after = f"{step.run_id}/{step.group}/".encode(), f"/{step.node}".encode()
+    number = mark[len(before) : -len(after)]
+    if mark != before + number + after or not number.isdigit() or not 0 < int(number) <= step.newest_old:
+        return 0
+    # Only an agent still has its orders in the environment that it was started with.
+    return 0 if orders and json.loads(orders).get("mode") == "sweep" else int(number)
+
+
+# --------------------------------------------------------------------------------------------------------------- ports
+
+
+class Row:
+    """A TCP socket in /proc/net/tcp or tcp6."""
+
+    __slots__ = ("address", "inode", "listens", "uid", "waits")
+
+    def __init__(self, fields: list[bytes]) -> None:
+        address = fields[1].split(b":")[0].decode()
+        words = [int(address[n : n + 8], 16).to_bytes(4, sys.byteorder) for n in range(0, len(address), 8)]
+        self.address = socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, b"".join(words))
+        self.listens = fields[3] == b"0A"
+        self.waits = fields[3] == b"06"  # TIME_WAIT: no process holds it
+        self.uid = int(fields[7])
+        self.inode = fields[9].decode()
+
+
+def sockets(port: int, listening: bool = False) -> list[Row]:
+    """Return the TCP sockets whose local port this is; the kernel lists the listening ones first."""
+    wanted, rows = b":%04X" % port, []
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for fields in tcp_lines(path):
+            if listening and fields[3] != b"0A":
+                break
+            if fields[1].endswith(wanted):
+                rows.append(Row(fields))
+    return rows
+
+
+def tcp_lines(path: str) -> Iterator[list[bytes]]:
+    try:
+        with open(path, "rb", buffering=0) as table:
+            rest, header = b"", True
+            while True:
+                chunk = table.read(65536)
+                if not chunk:
+                    return
+                lines = (rest + chunk).split(b"\n")
+                rest = lines.pop()
+                for line in lines:
+                    if not header:
+                        yield line.split()
+                    header = False
+    except OSError:
+        return
+
+
+def bindable(family: int, address: str, port: int, reuse: bool) -> bool:
+    """Could a server bind this? Only "already in use" says no: where the family does not exist it is in nobody's way."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as s:
+            if reuse:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            s.bind((address, port))
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE
+    return True
+
+
+def busy(port: int) -> str:
+    """Return why an engine could not have this port; empty when it could.
+
+    A bind with SO_REUSEADDR passes over the remains of connections (TIME_WAIT), but also over a socket that was bound
+    with it and does not listen yet, as vLLM's is while it loads. A bind without it fails for both. What is only bound
+    is in no table; so: nothing listed means bound, and a socket bound to every address, unlike the remains of
+    connections, is in the way of an address that no connection uses.
+    """
+    v4, v6 = socket.AF_INET, socket.AF_INET6
+    if not (bindable(v4, "0.0.0.0", port, True) and bindable(v6, "::", port, True)):
+        rows = sockets(port)
+        return f"port {port} is held by " + holder(sorted(rows, key=lambda row: (row.waits, not row.listens)))
+    plain = bindable(v4, "0.0.0.0", port, False) and bindable(v6, "::", port, False)
+    if plain or (bindable(v4, ODD_LOOPBACK, port, False) and sockets(port)):
+        return ""
+    return f"port {port} is bound, not yet listening, by a process that cannot be named"
+
+
+def holder(rows: list[Row]) -> str:
+    """Return who holds the first of these sockets, in words."""
+    if not rows:
+        return "a process that cannot be named (bound, not listening)"
+    row = rows[0]
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and row.inode in socket_inodes(entry):
+            process = read_process(int(entry))
+            if process is not None:
+                return f"pid {process.pid} ({process.name}, user {user_name(row.uid)}), on {row.address}"
+    return f"a process of user {user_name(row.uid)} that is not visible to this user, on {row.address}"
+
+
+def socket_inodes(pid: Union[int, str]) -> set[str]:
+    found = set()
+    try:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                target = os.readlink(f"/proc/{pid}/fd/{fd}")
+            except FileNotFoundError:
+                continue
+            if target.startswith("socket:["):
+                found.add(target[8:-1])
+    except OSError:
+        pass
+    return found
+
+
+def user_name(uid: int) -> str:
+    try:
+        import pwd
+
+        return pwd.getpwuid(uid).pw_name
+    except (ImportError, KeyError):
+        return str(uid)
+
+
+# ----------------------------------------------------------------------------------------------------------------- GPU
+
+
+def narrowed(mask: str | None, gpus: list[int], where: str) -> str:
+    """Return the part of a mask (numbers or UUIDs) that these indices mean; without a mask, the indices."""
+    if mask is None:
+        return ",".join(map(str, gpus))
+    items = [item.strip() for item in mask.split(",") if item.strip()]
+    if max(gpus) >= len(items):
+        raise End("bad_config", f"{where} needs the GPUs {gpus} of those that the step was given, but the mask is {mask!r}")
+    return ",".join(items[gpu] for gpu in gpus)
+
+
+def gpu_environment(member: Member) -> dict[str, str]:
+    """Return the member's GPU variables."""
+    if not member.gpus:
+        return {}
+    masks = {name: os.environ[name] for name in GPU_MASKS if name in os.environ}
+    return {
+        name: narrowed(mask, member.gpus, f"rank {member.rank}: {name}")
+        for name, mask in (masks or {GPU_MASKS[0]: None}).items()
+    }
+
+
+class GpuMemory:
+    """Is the GPU memory of older incarnations back? Asked of nvidia-smi, which is slow and may hang: never waited for."""
+
+    def __init__(self, step: Step, inbox: Inbox) -> None:
+        gpus = sorted({gpu for member in step.members for gpu in member.gpus})
+        # A sweep has no GPUs (Slurm then hides them): the serving step that follows it judges their memory.
+        self._wanted = bool(gpus) and step.mode == "serve"
+        self._program = find_program("nvidia-smi") if self._wanted else ""
+        self._step = step
+        self._inbox = inbox
+        self._tokens = narrowed(os.environ.get(GPU_MASKS[0]), gpus, "the step").split(",") if self._wanted else []
+        self._running: dict[str, tuple[int, int]] = {}  # question -> pid, pipe
+        self._asked_at = self._next_at = 0.0
+        self._judged_at: float | None = None
+        self._finding = "nvidia-smi was not asked"
+        self.notes: list[str] = []
+        if self._wanted and not self._program:
+            self.notes.append("nvidia-smi is not on PATH: GPU memory was not judged")
+
+    def waits_for(self, old: Mapping[int, int], quiet_since: float) -> str | None:
+        """Return what it waits for: None for nothing, "" for an answer that may well come.
+
+        Args:
+            old: pid -> incarnation of every process that was found or listed as a leftover.
+            quiet_since: when the last leftover was seen; older answers do not count.
+        """
+        questions = []
+        if self._step.unshared_gpus:
+            questions.append("--query-gpu=index,uuid,memory.used")
+        if old:
+            questions.append("--query-compute-apps=pid,used_memory")
+        if not self._program or not questions or (self._judged_at is not None and self._judged_at >= quiet_since):
+            return None
+        now = time.monotonic()
+        if not self._running:
+            if now < self._next_at:
+                return self._finding
+            self._asked_at = now
+            self._running = {question: self._ask(question) for question in questions}
+        if any(pid not in self._inbox.exits for pid, _ in self._running.values()):
+            silent_s = now - self._asked_at
+            return f"nvidia-smi has not answered for {SMI_SILENT_S:g} s" if silent_s > SMI_SILENT_S else ""
+        self._finding = self._judge(old)
+        self._running = {}
+        self._next_at = now if self._asked_at < quiet_since else now + SMI_PERIOD_S
+        if not self._finding and self._asked_at >= quiet_since:
+            self._judged_at = self._asked_at
+            return None
+        return self._finding
+
+    def _ask(self, question: str) -> tuple[int, int]:
+        reader, writer = os.pipe()
+        argv = [self._program, question, "--format=csv,noheader,nounits"]
+        pid, result = spawn(argv, os.environ, self._inbox, stdout=writer, stderr=writer)
+        os.close(writer)
+        os.close(result)
+        return pid, reader
+
+    def _judge(self, old: Mapping[int, int]) -> str:
+        answers = {}
+        for question, (pid, reader) in self._running.items():
+            text = os.read(reader, 1 << 20).decode(errors="replace")
+            os.close(reader)
+            code = os.WEXITSTATUS(self._inbox.exits[pid])
+            if not os.WIFEXITED(self._inbox.exits[pid]) or code != 0:
+                return f"nvidia-smi failed (exit {code}): {' '.join(text.split())[:200]}"
+            answers[question.split("=")[0]] = [[cell.strip() for cell in row.split(",")] for row in text.splitlines()]
+        for row in answers.get("--query-compute-apps", ()):
+            pid = int(row[0]) if row[0].isdigit() else 0
+            # The driver lists a process a while after its death; a living one would have been found as a leftover.
+            if pid in old and read_process(pid) is None:
+                return f"pid {pid} of incarnation {old[pid]} is dead, but still holds {row[-1]} MiB of GPU memory"
+        full = []
+        rows = answers.get("--query-gpu", [])
+        for token in self._tokens if rows else ():
+            known = [row for row in rows if token == row[0] or (len(token) > 3 and row[1].startswith(token))]
+            if not known or not known[0][2].isdigit():
+                note = f"nvidia-smi knows no memory use of GPU {token}: it was not judged"
+                self.notes += [note] if note not in self.notes else []
+            elif int(known[0][2]) >= self._step.gpu_memory_mb:
+                full.append(f"GPU {token} ({known[0][2]} MiB)")
+        limit = self._step.gpu_memory_mb
+        return f"memory in use on {', '.join(full)}; it counts as back below {limit} MiB" if full else ""
+
+
+def find_program(name: str) -> str:
+    """Return its path, empty when it is not on PATH."""
+    paths = (os.path.join(folder, name) for folder in os.get_exec_path())
+    return next((path for path in paths if os.access(path, os.X_OK) and not os.path.isdir(path)), "")
+
+
+# --------------------------------------------------------------------------------------------------------------- fence
+
+
+def fence(step: Step, records: Records, inbox: Inbox) -> None:
+    """Prove that nothing of an older incarnation is left here, then report it. Raises `End` at the deadline."""
+    began = time.monotonic()
+    gpu = GpuMemory(step, inbox)
+    old = {pid: incarnation for incarnation, v in records.old().items() for pid, _ in v["processes"]}
+    ended: dict[tuple[int, int], dict[str, Any]] = {}
+    reported: dict[str, str] = {}
+    quiet_since = began
+    while True:
+        now = time.monotonic()
+        waits: dict[str, str] = {}
+        left = leftovers(step, records)
+        for pid, (process, (incarnation, evidence)) in left.items():
+            found = {"pid": pid, "name": process.name, "incarnation": incarnation, "known_by": evidence}
+            ended.setdefault((pid, process.start), found)
+            old[pid] = incarnation
+            again = read_process(pid)
+            if again is not None and again.start == process.start:
+                kill(pid)
+        if left:
+            quiet_since = now
+            names = (f"pid {p.pid} ({p.name}) of incarnation {i}, known by its {e}" for p, (i, e) in left.values())
+            waits["leftover_process"] = "; ".join(sorted(names))
+        held = [text for text in map(busy, sorted({p for m in step.members for p in m.ports})) if text]
+        if held:
+            waits["port_busy"] = "; ".join(held)
+        gpu_wait = gpu.waits_for(old, quiet_since)
+        if gpu_wait is not None:
+            waits["gpu_memory"] = gpu_wait
+        if not waits:
+            break
+        elapsed = now - began
+        if elapsed >= step.fence_timeout_s:
+            cause = next(c for c in FENCE_CAUSES if c in waits)
+            words = (text or "nvidia-smi did not answer" for text in waits.values())
+            raise End(cause, f"after {step.fence_timeout_s:g} s: {'; '.join(words)}")
+        if elapsed >= QUIET_FENCE_S:
+            for cause, message in waits.items():
+                if message and reported.get(cause) != message:
+                    report("fence_waits", cause=cause, message=message)
+            reported = waits
+        inbox.wait(min(0.25, max(0.02, elapsed / 10), step.fence_timeout_s - elapsed))
+    records.forget_old()
+    notes = {"notes": gpu.notes} if gpu.notes else {}
+    report("fenced", ended=list(ended.values()), **notes)
+
+
+# ------------------------------------------------------------------------------------------------------------- engines
+
+
+class Engine:
+    """A member that was started."""
+
+    def __init__(self, member: Member, pid: int, result: int) -> None:
+        self.member = member
+        self.pid = pid
+        self.result = result
+        self.probe: LocalProbe | None = None
+        self.strange: list[str] = []  # inodes of the last look that were not ours
+        self.stranger = ""  # as reported
+
+
+def start(step: Step, records: Records, inbox: Inbox, prctl: Callable[[int, int], int]) -> dict[int, Engine]:
+    """Start every engine, all at once. Raises `End` where one cannot be."""
+    null = os.open("/dev/null", os.O_WRONLY)
+    engines: dict[int, Engine] = {}
+    for member in step.members:
+        argv = member.argv
+        if step.setup:
+            argv = ["bash", "-c", "\n".join(step.setup) + '\nexec "$@"', "bash", *argv]
+        env = {**os.environ, **member.env, **gpu_environment(member), "ROLLOUT_MARK": step.mark}
+        log = open_log(member) if member.log else null
+        pid, result = spawn(argv, env, inbox, stdout=log, stderr=log, prctl=prctl)
+        engines[pid] = Engine(member, pid, result)
+        if log != null:
+            os.close(log)
+    os.close(null)
+    records.write()
+    waiting = {engine.result: engine for engine in engines.values()}
+    while waiting:
+        ready = select.select(list(waiting), [], [], 0.05)[0]
+        for result in ready:
+            engine = waiting.pop(result)
+            error = os.read(result, 512).decode(errors="replace")
+            os.close(result)
+            if error:
+                raise exec_failed(engine.member, "bash" if step.setup else engine.member.argv[0], error)
+        if not ready:
+            inbox.wait(0)
+    report("started", ranks=[e.member.rank for e in engines.values()], pids=list(engines))
+    return engines
+
+
+def open_log(member: Member) -> int:
+    try:
+        os.makedirs(os.path.dirname(member.log) or ".", mode=0o700, exist_ok=True)
+        return os.open(member.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        message = f"rank {member.rank}: its log {member.log} cannot be opened: {error.strerror}"
+        raise End("exec_failed", message, rank=member.rank) from None
+
+
+def exec_failed(member: Member, program: str, error: str) -> End:
+    if "/" in program and error == os.strerror(errno.ENOENT) and os.path.exists(program):
+        error = "the interpreter that its first line names does not exist"
+    elif "/" not in program and error == os.strerror(errno.ENOENT):
+        error = "not found on PATH"
+    return End("exec_failed", f"rank {member.rank}: {program} could not be started: {error}", rank=member.rank)
+
+
+def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox) -> None:
+    """Watch the engines until one ends or the stop comes; both raise `End`."""
+    began = time.monotonic()
+    ooms = oom_kills()
+    loading = [engine for engine in engines.values() if engine.member.entrypoint]
+    probes: list[LocalProbe] = []
+    look_at = list_at = began
+    if step.log_max_bytes and any(member.log for member in step.members):
+        in_background(rotate_logs, [member.log for member in step.members if member.log], step.log_max_bytes)
+    while True:
+        now = time.monotonic()
+        if loading and now >= look_at:
+            for engine in loading[:]:
+                address = own_listener(engine)
+                if address:
+                    loading.remove(engine)
+                    report("listening", rank=engine.member.rank, port=engine.member.port, address=address)
+                    if step.probe is not None:
+                        engine.probe = LocalProbe(engine.member, address, step.probe)
+                        probes.append(engine.probe)
+                        in_background(engine.probe.run)
+            # Never later than a fiftieth of the time that loading has taken so far.
+            look_at = now + min(0.25, max(0.01, (now - began) / 50))
+        if now >= list_at:
+            records.write()
+            list_at = now + (0.25 if loading or now - began < 60 else 1.0)
+        for probe in probes:
+            probe.report()
+        inbox.wait(min(look_at if loading else list_at, list_at) - now)
+        for pid in [pid for pid in inbox.exits if pid in engines]:
+            raise engine_exited(engines[pid].member, inbox.exits[pid], ooms)
+        inbox.exits.clear()
+
+
+def engine_exited(member: Member, status: int, ooms_before: int) -> End:
+    details: dict[str, Any] = {"rank": member.rank}
+    if os.WIFSIGNALED(status):
+        details["signal"] = os.WTERMSIG(status)
+        try:
+            name = signal.Signals(details["signal"]).name
+        except ValueError:  # a real-time signal
+            name = f"signal {details['signal']}"
+        how = f"was ended by {name}"
+    else:
+        details["code"] = os.WEXITSTATUS(status)
+        how = f"exited with code {details['code']}"
+    details["oom"] = oom_kills() > ooms_before
+    if details["oom"]:
+        how += ", and the kernel killed a process of the step because memory was used up"
+    return End("engine_exited", f"rank {member.rank} {how}", **details)
+
+
+def oom_kills() -> int:
+    """Return how many processes of our cgroup the kernel has killed for memory; 0 where that cannot be read."""
+    for line in read_file("/proc/self/cgroup").decode(errors="replace").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            names = ("/sys/fs/cgroup" + path + "/memory.events", "/sys/fs/cgroup/unified" + path + "/memory.events")
+        elif "memory" in controllers.split(","):
+            names = ("/sys/fs/cgroup/memory" + path + "/memory.oom_control",)
+        else:
+            continue
+        for name in names:
+            for words in map(bytes.split, read_file(name).splitlines()):
+                if words[:1] == [b"oom_kill"]:
+                    return int(words[1])
+    return 0
+
+
+def own_listener(engine: Engine) -> str:
+    """Return the address on which the engine listens, empty while it does not. Reports a stranger in its place."""
+    member = engine.member
+    rows = sockets(member.port, listening=True)
+    if not rows:
+        engine.strange = []
+        return ""
+    ours: set[str] = set()
+    uid = os.getuid()
+    for process in below(processes(uid), [os.getpid()]):
+        ours |= socket_inodes(process.pid)
+    strange = [row for row in rows if row.inode not in ours]
+    if not strange:
+        return rows[0].address
+    # A socket that was just handed from one process to another can be missed by one look, not by two.
+    if [row.inode for row in strange] == engine.strange:
+        who = holder(strange)
+        if who != engine.stranger:
+            engine.stranger = who
+            report("stranger", rank=member.rank, port=member.port, holder=who)
+    engine.strange = [row.inode for row in strange]
+    return ""
+
+
+def graceful(step: Step, engines: dict[int, Engine], inbox: Inbox) -> None:
+    """Ask the engines to leave, and wait for it; not where it makes no sense, because one is dead or does not answer."""
+    failing = any(engine.probe is not None and engine.probe.state[0] for engine in engines.values())
+    if step.grace_s <= 0 or failing or any(pid in inbox.exits for pid in engines):
+        return
+    deadline = time.monotonic() + step.grace_s
+    for pid in engines:
+        kill(pid, signal.SIGTERM)
+    while any(pid not in inbox.exits for pid in engines) and time.monotonic() < deadline:
+        inbox.wait(deadline - time.monotonic())
+
+
+# ---------------------------------------------------------------------------------------------------------------- logs
+
+
+def in_background(function: Callable[..., None], *arguments: Any) -> None:
+    """Run it in a thread: a file system or an engine that hangs must not keep the agent from stopping."""
+    import threading
+
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+
+
+def rotate_logs(logs: list[str], max_bytes: int) -> None:
+    """Keep each log and one older part of it below `max_bytes`, more or less; the engine keeps its open file."""
+    while True:
+        for log in logs:
+            try:
+                if os.stat(log).st_size > max_bytes:
+                    rotate(log)
+            except OSError as error:
+                print(f"{log} cannot be rotated: {error.strerror}", file=sys.stderr)
+        time.sleep(1.0)
+
+
+def rotate(log: str) -> None:
+    with open(log, "rb") as source, open(log + ".1", "wb", opener=lambda p, f: os.open(p, f, 0o600)) as target:
+        while True:
+            data = source.read(1 << 20)
+            if not data:
+                break
+            target.write(data)
+        os.truncate(log, 0)
+
+
+def last_lines(log: str) -> list[str]:
+    try:
+        with open(log, "rb") as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - LAST_LINES_BYTES))
+            text = f.read(LAST_LINES_BYTES)
+    except OSError:
+        return []
+    return text.decode(errors="replace").splitlines()[-LAST_LINES:]
+
+
+# --------------------------------------------------------------------------------------------------------- local probe
+
+
+class LocalProbe:
+    """The coordinator's liveness probe, asked from here: it tells a dead engine from a coordinator that is cut off."""
+
+    def __init__(self, member: Member, address: str, policy: Probe) -> None:
+        self._rank = member.rank
+        self._port = member.port
+        self._address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+        self._policy = policy
+        self._reported = 0
+        self.state = (0, "")  # failures in a row, the last error; replaced as a whole by the probe's thread
+
+    def report(self) -> None:
+        """Report a change, up to the threshold: beyond it nothing new is to be said until the engine answers."""
+        failures, error = self.state
+        failures = min(failures, self._policy.failure_threshold)
+        if failures != self._reported:
+            self._reported = failures
+            report("local_probe", rank=self._rank, failures=failures, error=error)
+
+    def run(self) -> None:
+        policy = self._policy
+        answered, seen = False, None
+        while True:
+            began = time.monotonic()
+            error = self._ask_engine()
+            took_s = time.monotonic() - began
+            counter = self._read_counter()
+            moved = counter is not None and seen is not None and counter != seen
+            seen = counter if counter is not None else seen
+            answered = answered or not error
+            if not error or moved:
+                self._set(0, "")
+            # Before the first answer it may still be loading; and where we ourselves did not run, nothing was observed.
+            elif answered and took_s < policy.timeout_s + 2:
+                self._set(self.state[0] + 1, error)
+            time.sleep(max(0.0, began + policy.period_s - time.monotonic()))
+
+    def _set(self, failures: int, error: str) -> None:
+        if (failures, error) != self.state:
+            self.state = (failures, error)
+            os.kill(os.getpid(), signal.SIGCHLD)  # wakes the main thread, which does all reporting
+
+    def _ask_engine(self) -> str:
+        """Return what is wrong with the answer; empty for a good one."""
+        policy = self._policy
+        try:
+            status, body = self._exchange(policy.path, policy.body, policy.timeout_s)
+        except Exception as error:
+            return str(error) or type(error).__name__
+        if status != 200:
+            return f"HTTP {status}"
+        if not policy.expect:
+            return ""
+        try:
+            answer = json.loads(body)
+        except ValueError:
+            return "HTTP 200, but not JSON"
+        value = answer.get(policy.expect) if isinstance(answer, dict) else None
+        return "" if value and isinstance(value, (list, dict, str)) else f"HTTP 200, but no {policy.expect!r}"
+
+    def _read_counter(self) -> float | None:
+        """Return the sum of the progress counter's samples, all labels; None where there is none to read."""
+        policy = self._policy
+        if not policy.counter_name:
+            return None
+        try:
+            status, body = self._exchange(policy.counter_path, "", min(COUNTER_TIMEOUT_S, policy.timeout_s))
+        except Exception:
+            return None
+        return sum_samples(body.decode(errors="replace"), policy.counter_name) if status == 200 else None
+
+    def _exchange(self, path: str, body: str, timeout_s: float) -> tuple[int, bytes]:
+        """One request with one deadline around all of it: a server that drips bytes meets no time-out of a socket."""
+        import http.client
+        import threading
+
+        deadline = time.monotonic() + timeout_s
+        connection = http.client.HTTPConnection(self._address, self._port, timeout=timeout_s)
+        try:
+            connection.connect()
+            wire = connection.sock
+            timer = threading.Timer(max(0.0, deadline - time.monotonic()), cut, (wire,))
+            timer.daemon = True
+            timer.start()
+            try:
+                headers = {"Connection": "close", "Content-Type": "application/json"}
+                connection.request("POST" if body else "GET", path, body.encode() or None, headers)
+                response = connection.getresponse()
+                return response.status, response.read(MAX_BODY_BYTES)
+            finally:
+                timer.cancel()
+        except Exception:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"no complete answer within {timeout_s:g} s") from None
+            raise
+        finally:
+            connection.close()
+
+
+def cut(wire: socket.socket) -> None:
+    try:
+        wire.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
+def sum_samples(page: str, name: str) -> float | None:
+    """Add up the samples of exactly this name in a Prometheus text page; None where it has none."""
+    total = None
+    for line in page.splitlines():
+        if line.startswith(name) and line[len(name) : len(name) + 1] in ("{", " ", "\t"):
+            try:
+                total = (total or 0.0) + float(line.rpartition("}")[2].split("#")[0].removeprefix(name).split()[0])
+            except (ValueError, IndexError):
+                continue
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def limit_core_dumps() -> None:
+    """Dumping hundreds of gigabytes would delay every recovery; a setup line (`ulimit -c`) may raise the limit again."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def serve(step: Step, records: Records, inbox: Inbox) -> None:
+    """Fence, go, engines. Ends by raising `End`."""
+    records.claim()
+    records.write()
+    for member in step.members:
+        gpu_environment(member)  # a wrong mask is found out before anything is ended or started
+    fence(step, records, inbox)
+    # What needs no proof is prepared while the coordinator collects the reports of the other nodes.
+    prctl = load_prctl()
+    become_subreaper(prctl)
+    limit_core_dumps()
+    inbox.go = False
+    while not inbox.go:
+        inbox.wait(None)
+    inbox.exits.clear()
+    engines = start(step, records, inbox, prctl)
+    try:
+        watch(step, engines, records, inbox)
+    except End as end:
+        if end.cause == "stopped":
+            graceful(step, engines, inbox)
+        raise
+
+
+def main() -> int:
+    """Carry out ROLLOUT_STEP; return the exit status."""
+    inbox = Inbox()
+    if sys.argv[1:]:
+        print(__doc__.strip() if sys.argv[1:] == ["--help"] else "no arguments but --help")
+        return 0 if sys.argv[1:] == ["--help"] else STATUS["bad_config"]
+    slurm = slurm_step()
+    name = f"{slurm['job']}.{slurm['step']}" if slurm else ""
+    report("hello", pid=os.getpid(), step=name, host=os.uname().nodename)
+    records = None
+    step = None
+    try:
+        text = os.environ.pop("ROLLOUT_STEP", "")
+        if not text:
+            raise End("bad_config", "ROLLOUT_STEP is not set: this is started by slurm-rollout; see --help")
+        step = Step(text)
+        records = Records(step)
+        if step.mode == "sweep":
+            fence(step, records, inbox)
+            raise End("swept", "nothing of this incarnation or an older one is left")
+        serve(step, records, inbox)
+    except End as e:
+        end = e
+    except Exception as error:  # a bug, or a node in trouble: the tree must not outlive us unwatched
+        import traceback
+
+        traceback.print_exc()
+        end = End("bad_config", f"the agent failed: {type(error).__name__}: {error}")
+    end_tree(inbox)
+    if records is not None and step is not None and end.cause != "other_incarnation" and step.mode == "serve":
+        records.remove()
+    if end.cause == "engine_exited" and step is not None:
+        log = next(member.log for member in step.members if member.rank == end.record["rank"])
+        end.record["last_lines"] = last_lines(log) if log else []
+    report("exit", **end.record)
+    return STATUS[end.cause]
+
+
+if __name__ == "__main__":
+    os._exit(main())

@@ -1,0 +1,269 @@
+"""`status`: how a run stands, from `status.json` alone, whether its coordinator lives or not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from slurm_rollout.cli import add_help, add_run_options
+from slurm_rollout.cli.table import clean, columns, cut, duration, terminal_width
+from slurm_rollout.core.hostlist import fold
+from slurm_rollout.errors import CorruptFile, RolloutError, StoreError, UsageError
+from slurm_rollout.rundir import RunDir, find_run_dir, read_json
+
+SCHEMA = 1
+
+LOST_AFTER_S = 120.0
+"""Silence after which the coordinator counts as lost."""
+
+MIN_INTERVAL_S = 5.0
+"""More often tells nothing new (the coordinator writes every few seconds) and only loads the file system."""
+
+READY, NOT_READY, UNKNOWN = 0, 3, 4
+
+# An atomic replace on NFS may show as ESTALE, ENOENT or an empty file for a moment.
+_RETRY_S = (0.02, 0.05, 0.1)
+
+ALIVE, LOST, ENDED = "alive", "lost", "ended"
+
+_HELP = """\
+Shows the last word of the run's coordinator, and how old it is. Times are as of that word.
+
+BUDGET is restarts left/of within the window; where a start-up failed, start-up failures follow: left/of.
+NEXT is what time will bring, and in how long: launch (after a backoff), go (engines start when every node is
+fenced), give_up (loading takes too long), cancel (Slurm ends what the agents did not).
+
+Exit codes: 0 all groups ready, 3 some not (or the run has ended), 4 unknown: no heartbeat of the coordinator
+for 120 s, or no status file that can be read; 1, 2 as everywhere."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `status`."""
+    parser = subparsers.add_parser(
+        "status", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+    )
+    add_help(parser)
+    add_run_options(parser)
+    parser.add_argument("--json", action="store_true", help="the whole document, with `meta` and `errors`")
+    parser.add_argument("-h", "--noheader", action="store_true", help="only the rows of the groups")
+    parser.add_argument("-i", "--iterate", type=float, metavar="SECONDS", help="repeat, with the time, until Ctrl-C")
+    parser.set_defaults(run=run_status)
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Print the status once, or every `-i` seconds; return the exit code of the last look."""
+    if args.iterate is not None and not args.iterate >= MIN_INTERVAL_S:
+        raise UsageError(f"-i {args.iterate:g}: at least {MIN_INTERVAL_S:g} s, the coordinator writes no more often")
+    run = find_run_dir(args.run_dir, args.job)
+    while True:
+        if args.iterate is not None and not args.json:
+            print(time.strftime("%a %b %d %H:%M:%S %Y"))
+        code = _look(run, as_json=args.json, header=not args.noheader, one_line=args.iterate is not None)
+        if args.iterate is None:
+            return code
+        if not args.json:
+            print()
+        sys.stdout.flush()
+        time.sleep(args.iterate)
+
+
+def _look(run: RunDir, *, as_json: bool, header: bool, one_line: bool) -> int:
+    document: dict[str, Any] = {}
+    meta: dict[str, object] = {"schema": SCHEMA, "run_dir": str(run.path)}
+    errors: list[str] = []
+    text = ""
+    code = UNKNOWN
+    try:
+        document = read_status(run)
+        age_s = time.time() - document["at"]
+        verdict, error = judge(document, age_s)
+        text = render(document, age_s=age_s, verdict=verdict, header=header, width=terminal_width(sys.stdout))
+        meta |= {"age_s": round(age_s, 3), "coordinator": verdict}
+        if error:
+            errors.append(error)
+        elif verdict is ENDED or any(g["phase"] != "ready" for g in document["groups"]):
+            code = NOT_READY
+        else:
+            code = READY
+    except RolloutError as e:
+        errors.append(str(e))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        document = {}
+        errors.append(f"{run.status} is not a status file of this version: {type(e).__name__} {e}")
+    if as_json:
+        print(json.dumps({"meta": meta, "errors": errors, **document}, indent=None if one_line else 2))
+        return code
+    if text:
+        print(text)
+    for error in errors:
+        print(f"slurm-rollout: {clean(error)}", file=sys.stderr)
+    return code
+
+
+def read_status(run: RunDir) -> dict[str, Any]:
+    """Return the content of `status.json`.
+
+    Raises:
+        StoreError: it is not there, cannot be read, is no status file, or is one of a newer version.
+    """
+    for pause_s in _RETRY_S:
+        try:
+            return _read(run)
+        except StoreError:
+            time.sleep(pause_s)
+    return _read(run)
+
+
+def _read(run: RunDir) -> dict[str, Any]:
+    try:
+        document = read_json(run.status)
+    except FileNotFoundError:
+        raise StoreError(
+            f"{run.status} is not there: no coordinator has written it yet, or this is not a run directory"
+        ) from None
+    if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
+        raise CorruptFile(f"{run.status} is not a status file")
+    if document["schema"] > SCHEMA:
+        raise StoreError(
+            f"{run.status} has schema {document['schema']}, this slurm-rollout knows {SCHEMA}: use the version that "
+            "the run uses"
+        )
+    return document
+
+
+def judge(document: dict[str, Any], age_s: float) -> tuple[str, str]:
+    """Return what can be said of the coordinator (`alive`, `lost`, `ended`), and the error when that is unknown."""
+    limit_s = max(LOST_AFTER_S, 3 * document["heartbeat_s"])
+    silent = age_s > limit_s
+    # A fleet that failed ends the coordinator too; its last word stays true when it is old.
+    if document["ended"] or (silent and document["phase"] in ("failed", "stopped")):
+        return ENDED, ""
+    where = f"the coordinator on {document['host']} (term {document['term']})"
+    if silent:
+        return LOST, (
+            f"no heartbeat of {where} for {duration(age_s)} (limit {duration(limit_s)}): engines may still run, but "
+            "nobody watches them. Does `slurm-rollout up` still run? See the end of the job's output"
+        )
+    if age_s < -limit_s:
+        return LOST, (
+            f"the last word of {where} is {duration(-age_s)} in the future: the clocks of its host and of this one "
+            "disagree, so nobody can say how old it is"
+        )
+    return ALIVE, ""
+
+
+def known_groups(run: RunDir) -> tuple[str, ...]:
+    """Return the ids of the run's groups, as far as the run directory tells; empty when it does not."""
+    for read in (lambda: read_status(run)["groups"], lambda: _planned_groups(run)):
+        try:
+            return tuple(str(group["id"]) for group in read())
+        except (StoreError, OSError, KeyError, TypeError):
+            continue
+    return ()
+
+
+def check_groups(run: RunDir, groups: list[str]) -> None:
+    """Raise UsageError when one of `groups` is known not to be one of the run's."""
+    known = known_groups(run)
+    unknown = [group for group in groups if group not in known]
+    if known and unknown:
+        raise UsageError(f"no group {', '.join(unknown)} in this run; its groups: {', '.join(known)}")
+
+
+def _planned_groups(run: RunDir) -> list[Any]:
+    return [group for pool in read_json(run.plan)["pools"] for group in pool["groups"]]
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def render(
+    document: dict[str, Any], *, age_s: float, verdict: str, header: bool = True, width: int | None = None
+) -> str:
+    """Return the text for people. `width`: longer lines are cut; None: none is."""
+    at = document["at"]
+    groups = document["groups"]
+    rows = [_group_row(group, at) for group in groups]
+    if not header:
+        return "\n".join(columns(rows, right=(3, 4), width=width))
+    lines = [cut(clean(line), width) for line in _head(document, age_s, verdict)]
+    pools = [(p["name"], p["phase"], p["ready"], p["min_ready"], p["desired"], p["reason"]) for p in document["pools"]]
+    lines += ["", *columns(pools, titles=("POOL", "PHASE", "READY", "MIN", "DESIRED", "REASON"), right=(2, 3, 4))]
+    titles = ("GROUP", "PHASE", "SINCE", "INC", "RESTARTS", "BUDGET", "NEXT", "NODES(REASON)")
+    lines += ["", *columns(rows, titles=titles, right=(3, 4), width=width)]
+    messages = [(g["id"], g["message"]) for g in groups if g["message"] and g["phase"] != "ready"]
+    if messages:
+        lines += ["", *columns(messages, titles=("GROUP", "MESSAGE"), width=width)]
+    failures = [_failure_row(g["id"], g["failure"], at) for g in groups if g["failure"]]
+    if failures:
+        headings = ("GROUP", "FAILED", "INC", "MEMBER", "REASON", "LAST FAILURE")
+        lines += ["", *columns(failures, titles=headings, right=(2,), width=width)]
+    failed = [g["id"] for g in groups if g["phase"] == "failed"]
+    if failed and verdict is ALIVE:
+        lines += ["", cut(clean(f"Comes back only when asked: slurm-rollout restart {' '.join(failed)}"), width)]
+    return "\n".join(lines)
+
+
+def member(rank: int | None, node: str) -> str:
+    """Return `rank@node`, or the half of it that is known."""
+    return "@".join(str(part) for part in (rank, node or None) if part is not None)
+
+
+def _head(document: dict[str, Any], age_s: float, verdict: str) -> list[str]:
+    at = document["at"]
+    again = f" (restart {document['restart_count']})" if document["restart_count"] else ""
+    reason = f" ({document['reason']})" if document["reason"] else ""
+    job = f"job {document['job']}{again}" if document["job"] else "no job"
+    lines = [f"Run {document['run']}, {job}: {document['phase']}{reason}, epoch {document['epoch']}"]
+    host = f"on {document['host']}, term {document['term']}"
+    if verdict is ENDED:
+        lines.append(f"The run has ended: last word {duration(age_s)} ago, coordinator {host}")
+    elif verdict is LOST:
+        lines.append(f"NO HEARTBEAT: last word {duration(age_s)} ago, coordinator {host}")
+    else:
+        left = document["time_left_s"]
+        time_left = "" if left is None else f", job time left {duration(left)}"
+        lines.append(f"Coordinator {host}, heard {duration(age_s)} ago{time_left}")
+    if document["message"]:
+        lines.append(document["message"])
+    if document["ending"] and verdict is not ENDED:
+        lines.append(f"Ending since {duration(at - document['ending_since'])}: {document['ending']}")
+    if document["blind_since"] is not None:
+        lines.append(f"Blind since {duration(at - document['blind_since'])}: Slurm does not answer")
+    if document["suspect_self_since"] is not None:
+        since = duration(at - document["suspect_self_since"])
+        lines.append(f"Suspects itself since {since}: most groups time out at once; it asks the agents")
+    nodes = [("Nodes", document["nodes"]), ("spares", document["spares"]), ("trainer", document["trainer_nodes"])]
+    lines.append("; ".join(f"{what} {fold(names)}" for what, names in nodes if names))
+    return lines
+
+
+def _failure_row(group: str, failure: dict[str, Any], at: float) -> tuple[object, ...]:
+    who = member(failure["rank"], failure["node"])
+    ago = duration(at - failure["at"])
+    return group, ago, failure["incarnation"], who, failure["reason"], failure["message"]
+
+
+def _group_row(group: dict[str, Any], at: float) -> tuple[object, ...]:
+    budget = group["budget"]
+    left = [budget["restarts"]]
+    if budget["start_failures"]["left"] < budget["start_failures"]["of"]:
+        left.append(budget["start_failures"])
+    step = group["next"]
+    when = "" if step["at"] is None else f" {duration(step['at'] - at)}"
+    notes = [group["reason"]] if group["phase"] != "ready" and group["reason"] else []
+    notes += ["slow"] if group["slow"] else []
+    notes += ["stale"] if group["weights"] == "stale" else []
+    return (
+        group["id"],
+        group["phase"],
+        duration(at - group["since"]) if group["since"] else "-",
+        group["incarnation"],
+        group["restarts"],
+        ",".join(f"{b['left']}/{b['of']}" for b in left),
+        f"{step['action']}{when}" or "-",
+        fold(group["nodes"]) + (f" ({','.join(notes)})" if notes else ""),
+    )

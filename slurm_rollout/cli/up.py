@@ -1,0 +1,148 @@
+"""`slurm-rollout up`: the fleet, in the foreground, with or without a trainer beside it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slurm_rollout import cli
+from slurm_rollout.errors import RunDirBusy, Unobservable, UsageError
+from slurm_rollout.rundir import RunDir, default_run_dir
+
+if TYPE_CHECKING:
+    from slurm_rollout.core.plan import FleetPlan
+
+log = logging.getLogger("slurm_rollout")
+
+HELP = "run the fleet in the foreground, inside an allocation"
+
+DESCRIPTION = """\
+Run the fleet that SPEC describes, until it is told to end (TERM, Ctrl-C, `slurm-rollout stop`), or, with a TRAINER,
+until the trainer ends. The trainer is started once every pool can serve; it finds the barrier file in ROLLOUT_BARRIER
+and the nodes that are its own in ROLLOUT_TRAINER_NODELIST.
+
+Let it be the last line of the batch script, with `exec`: otherwise TERM, the time limit and preemption reach the shell
+only, and the fleet is killed without a word to the trainer."""
+
+EPILOG = """\
+exit codes: the trainer's; 0 drained; 1 could not do it; 2 wrong spec or usage, nothing was started; 70 the fleet failed
+
+examples:
+  exec slurm-rollout up fleet.toml -- python train.py
+  slurm-rollout up fleet.toml --backend local        a rehearsal on this machine, without Slurm"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "up",
+        help=HELP,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="slurm-rollout up SPEC [--run-dir D] [--backend slurm|local] [-- TRAINER ...]",
+    )
+    cli.add_help(parser)
+    parser.add_argument("spec", metavar="SPEC", help="the fleet: .toml, .json or .yaml")
+    parser.add_argument("--run-dir", metavar="D", help="default: rollout-runs/<job> in the submit directory")
+    parser.add_argument("--backend", choices=("slurm", "local"), default="slurm", help="default: slurm")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="instead of what the allocation says")
+    parser.add_argument("trainer", nargs=argparse.REMAINDER, metavar="-- TRAINER", help="command and arguments")
+    parser.set_defaults(run=run_up)
+
+
+def run_up(args: argparse.Namespace) -> int:
+    trainer = args.trainer[1:] if args.trainer[:1] == ["--"] else args.trainer
+    if args.trainer and not trainer:
+        raise UsageError("no trainer after `--`: name its command, or leave the `--` out. Nothing was started")
+    if args.trainer and args.trainer[0] != "--":
+        raise UsageError(
+            f"{args.trainer[0]!r} is not understood: options come before SPEC's `--`, the trainer after it"
+        )
+    # Heavy ones only here: the other commands must stay light.
+    from slurm_rollout import allocation, spec, store
+    from slurm_rollout.supervisor import Supervisor, Term, drain_bound_s
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    wanted = spec.load_spec(args.spec)
+    if args.backend == "local":
+        where = allocation.local(wanted)
+    else:
+        where = allocation.from_slurm(os.environ, gpus_per_node=args.gpus_per_node)
+    plan, warnings = spec.build_plan(wanted, where, backend=args.backend, port_range=allocation.local_port_range())
+    for warning in warnings:
+        log.warning("warning: %s", warning)
+    _warn_unless_exec()
+    run = RunDir(Path(args.run_dir) if args.run_dir else default_run_dir())
+    os.umask(0o077)
+    held = store.claim(run, plan, where.job)
+    try:
+        _check_lease(run, plan, where.job, where.restart_count)
+        store.prepare(run, plan)
+        store.write_lease(run, job=where.job, restart_count=where.restart_count, ended=False)
+        log.info("run directory %s", run.path)
+        log.info(
+            "look with `slurm-rollout status --run-dir %s`; from TERM to the end it takes at most %.0f s",
+            run.path,
+            drain_bound_s(plan),
+        )
+        term = Term(job=where.job, restart_count=where.restart_count, first_term=store.next_term(run))
+        code = Supervisor(plan, run, term, trainer).run()
+        store.write_lease(run, job=where.job, restart_count=where.restart_count, ended=True)
+        return code
+    finally:
+        held.release()
+
+
+def _warn_unless_exec() -> None:
+    """In a batch script, TERM reaches only the process that Slurm started (facts: slurm.md A2)."""
+    if "SLURM_JOB_ID" not in os.environ or "SLURM_STEP_ID" in os.environ:
+        return
+    try:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return
+    if b"slurm_script" in parent:
+        log.warning(
+            "warning: this is not the batch script's own process. TERM, the time limit and preemption will not reach it: "
+            "write `exec slurm-rollout up …` as the script's last line"
+        )
+
+
+def _check_lease(run: RunDir, plan: FleetPlan, job: str, restart_count: int) -> None:
+    """Refuse a run directory that a coordinator of another host may still write.
+
+    Raises:
+        RunDirBusy: Slurm says that the old job runs, or does not say that it ended.
+    """
+    from slurm_rollout import store
+
+    lease = store.read_lease(run)
+    if not lease or lease.get("ended") or plan.backend == "local":
+        return
+    old = str(lease.get("job"))
+    if lease.get("host") == os.uname().nodename or (old == job and lease.get("restart_count", 0) < restart_count):
+        return  # the lock of this host was free; and a requeued job's old batch step has ended
+    if not old.isdigit():
+        return
+    from slurm_rollout.slurm.backend import SlurmBackend
+
+    try:
+        facts = asyncio.run(SlurmBackend(old, "", plan.slurm.command_timeout_s).job())
+    except Unobservable as e:
+        if "Invalid job id" in str(e):  # Slurm forgot it: MinJobAge after its end
+            return
+        raise RunDirBusy(
+            f"{run.path} was last used by job {old} on {lease.get('host')}, and Slurm does not say whether that ended "
+            f"({e}). Nothing was started. Try again, or name another directory with --run-dir"
+        ) from None
+    if facts.job == "running":
+        raise RunDirBusy(
+            f"{run.path} is in use by job {old} on {lease.get('host')}, which runs. Nothing was started. "
+            "Name another directory with --run-dir"
+        )

@@ -1,0 +1,437 @@
+"""The coordinator's loop: observe, decide, write, act. It takes no decision itself.
+
+Wake-ups (a process ended, a probe changed, a timer, a signal) are hints: every tick looks at the world again. What was
+decided is journalled, and the barrier is written, before anything is done about it: a coordinator may be killed between
+any two lines of this file, and the next one goes on from the run directory (`steps.adopt`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slurm_rollout import proc
+from slurm_rollout.backend import Backend, JobFacts, monotonic
+from slurm_rollout.core import barrier_rules, view
+from slurm_rollout.core.decide import decide, is_over
+from slurm_rollout.core.model import (
+    Action,
+    Cancel,
+    Decision,
+    Event,
+    Go,
+    GroupObservation,
+    Job,
+    Launch,
+    Listing,
+    Observation,
+    RunState,
+    Stop,
+)
+from slurm_rollout.core.phases import ALIVE, Phase
+from slurm_rollout.core.plan import FleetPlan
+from slurm_rollout.errors import LeaseLost, RolloutError, Unobservable
+from slurm_rollout.ports_check import open_ports
+from slurm_rollout.probes import Key, Prober, Target
+from slurm_rollout.rundir import RunDir
+from slurm_rollout.steps import Steps
+from slurm_rollout.store import Store, last_seq, load_plan, load_state, read_requests
+from slurm_rollout.supervisor import CANNOT_START, DRAIN_MARGIN_S, GAVE_UP, SUPERSEDED
+
+log = logging.getLogger("slurm_rollout")
+
+FAST_S = 0.01
+"""How often reports are looked for while a group changes its phase."""
+
+SLOW_S = 0.25
+"""How often otherwise, and how often operators' requests are looked for."""
+
+QUERY_PAUSE_S = 1.0
+"""Least pause between two questions of one kind to Slurm."""
+
+
+@dataclass(slots=True)
+class _PortCheck:
+    """One look at a group's ports, valid for one stay in FENCING."""
+
+    since: float
+    started_at: float
+    open: tuple[str, ...] | None
+
+
+class Coordinator:
+    """One term."""
+
+    def __init__(
+        self, plan: FleetPlan, run: RunDir, state: RunState, backend: Backend, exits: dict[tuple[int, int], int]
+    ) -> None:
+        self._plan = plan
+        self._state = state
+        self._backend = backend
+        self._store = Store(run, state.term, private=plan.private)
+        self._run = run
+        self._woken = asyncio.Event()
+        self._steps = Steps(plan, run, state.run_id, backend, self._woken.set)
+        self._exits = exits
+        self._prober = Prober(clock=monotonic, wake=self._woken.set)
+        self._ports: dict[str, _PortCheck] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._asked: dict[str, float] = {}
+        self._listing: Listing | None = None
+        self._listing_failed_at: float | None = None
+        self._job = JobFacts(job=Job.UNKNOWN, time_left_s=None)
+        self._job_asked_at: float | None = None
+        self._stop = False
+        self._seq = last_seq(run)
+        self._beat_at = 0.0
+        self._audit_at = monotonic() + plan.audit_s
+        self._cannot_write = False
+
+    async def run(self) -> int:
+        """Supervise until the run is drained; return the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_stop)
+        self._store.open()
+        self._steps.adopt(self._state, self._exits)
+        self._announce()
+        try:
+            return await self._loop()
+        except LeaseLost as e:
+            log.error("%s", e)
+            return SUPERSEDED
+        finally:
+            self._steps.detach()
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await self._prober.aclose()
+            self._store.close()
+
+    def _on_stop(self) -> None:
+        self._stop = True
+        self._woken.set()
+
+    def _announce(self) -> None:
+        adopted = sum(
+            s.process == "running" for g in self._state.groups for s in self._steps.observe(g.id, g.incarnation)
+        )
+        first = self._state.term == 1
+        message = f"term {self._state.term} on {socket.gethostname()}" + (
+            f", adopted {adopted} steps" if adopted else ""
+        )
+        self._log(self._store.add_events([Event(type="up" if first else "takeover", message=message)], time.time()))
+
+    async def _loop(self) -> int:
+        due, slow_at = 0.0, 0.0
+        while True:
+            self._woken.clear()
+            changed = self._steps.read()
+            now = monotonic()
+            if changed or now >= due or now >= slow_at:
+                decision = await self._tick()
+                if is_over(self._state):
+                    return await self._end(0)
+                if self._state.ending and now - self._state.ending_at > self._drain_bound_s():
+                    return await self._end(GAVE_UP)
+                slow_at = now + SLOW_S
+                due = min(t for t in (decision.wake_at, self._beat_at, self._audit_at) if t is not None)
+            # A tick may itself have made something due; a wake-up makes everything due.
+            timeout_s = max(0.0, min(due, slow_at, now + self._pace_s(now)) - monotonic())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._woken.wait()
+                    due = 0.0
+
+    def _pace_s(self, now: float) -> float:
+        changing = (Phase.STARTING, Phase.STOPPING, Phase.DRAINING, Phase.FENCING)
+        fresh = any(g.phase in changing and now - g.since < 10.0 for g in self._state.groups)
+        return FAST_S if fresh else SLOW_S
+
+    def _drain_bound_s(self) -> float:
+        return max(p.stop.grace_s + p.stop.cancel_after_s for p in self._plan.pools) + DRAIN_MARGIN_S
+
+    # --------------------------------------------------------------------------------------------------------- a tick
+
+    async def _tick(self) -> Decision:
+        found = read_requests(self._run)
+        obs = self._observe([request for _, request in found])
+        decision = decide(self._plan, self._state, obs)
+        if not await self._commit(decision, obs):
+            return decision
+        self._state = decision.state
+        for path, _ in found:
+            path.unlink(missing_ok=True)
+        for action in decision.actions:
+            self._act(action)
+        self._steps.keep(self._state)
+        self._prober.set_targets(self._targets())
+        self._find_out(decision, obs)
+        return decision
+
+    def _observe(self, requests: Iterable[Any]) -> Observation:
+        groups = []
+        for g in self._state.groups:
+            check = self._ports.get(g.id)
+            valid = check is not None and g.phase is Phase.FENCING and check.since == g.since
+            groups.append(
+                GroupObservation(
+                    id=g.id,
+                    incarnation=g.incarnation,
+                    steps=self._steps.observe(g.id, g.incarnation),
+                    endpoints=self._prober.endpoints(g.id, g.incarnation),
+                    ports_open=check.open if check is not None and valid else None,
+                )
+            )
+        return Observation(
+            now=monotonic(),
+            wall=time.time(),
+            groups=tuple(groups),
+            listing=self._listing,
+            listing_failed_at=self._listing_failed_at,
+            job=self._job.job,
+            job_asked_at=self._job_asked_at,
+            requests=tuple(requests),
+            stop_signal=self._stop,
+        )
+
+    async def _commit(self, decision: Decision, obs: Observation) -> bool:
+        """Write down what was decided. False: it could not be written, so it is not so, and is decided again."""
+        changed = decision.state != self._state
+        beat = obs.now >= self._beat_at
+        if not (changed or beat or decision.events):
+            return True
+        try:
+            await asyncio.to_thread(self._write, decision, obs, changed)
+        except OSError as e:
+            if not self._cannot_write:
+                log.error("%s: %s. Nothing new is started until it can be written", e.filename, e.strerror)
+            self._cannot_write = True
+            self._beat_at = obs.now + QUERY_PAUSE_S
+            # A full disk must not keep a run that is to end from ending.
+            return bool(decision.state.ending)
+        if self._cannot_write:
+            log.warning("%s can be written again", self._run.path)
+        self._cannot_write = False
+        self._beat_at = obs.now + self._plan.heartbeat_s
+        return True
+
+    def _write(self, decision: Decision, obs: Observation, changed: bool) -> None:
+        state = decision.state
+        self._log(self._store.add_events(decision.events, obs.wall))
+        if changed:
+            self._store.write_state(state)
+        self._seq += 1
+        self._store.write_barrier(
+            barrier_rules.barrier_document(self._plan, state, now=obs.now, seq=self._seq, clients={})
+        )
+        self._store.write_status(
+            view.status_document(
+                self._plan,
+                state,
+                now=obs.now,
+                wall=obs.wall,
+                host=socket.gethostname(),
+                seq=self._seq,
+                time_left_s=self._job.time_left_s,
+                pools=barrier_rules.pool_views(self._plan, state, obs.now),
+            )
+        )
+
+    def _log(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            log.info("%s", view.event_line(line))
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Launch():
+                self._steps.launch(action)
+                self._forget_old_logs(action)
+            case Go() | Stop():
+                self._steps.signal(action)
+            case Cancel():
+                self._begin("cancel", self._cancel())
+
+    def _targets(self) -> dict[Key, Target]:
+        """Say which entrypoints are probed, and how: only sockets that an agent found to be its own engine's."""
+        targets = {}
+        for g in self._state.groups:
+            group = self._plan.group(g.id)
+            policy = self._plan.pool(group.pool).probe
+            if g.phase in ALIVE:
+                ranks = {m.rank for m in group.entrypoints}
+            elif g.phase is Phase.STARTING:
+                ranks = {r for s in self._steps.observe(g.id, g.incarnation) for r in s.listening}
+            else:
+                continue
+            for member in group.entrypoints:
+                if member.rank in ranks:
+                    key = Key(g.id, g.incarnation, member.rank)
+                    targets[key] = Target(
+                        url=member.url, policy=policy, mode="startup" if g.phase is Phase.STARTING else "liveness"
+                    )
+        return targets
+
+    def _forget_old_logs(self, action: Launch) -> None:
+        oldest = action.incarnation - self._plan.log_keep_incarnations
+        if oldest < 1:
+            return
+        for folder in (self._run.logs, self._run.steps):
+            path = folder / action.group / str(oldest)
+            self._begin(f"forget {path}", asyncio.to_thread(shutil.rmtree, path, ignore_errors=True))
+
+    async def _end(self, status: int) -> int:
+        left = [f"{g.id} on {', '.join(s.node for s in g.steps)}" for g in self._state.groups if g.steps]
+        message = "drained" if not status else f"gave up waiting for {'; '.join(left)}"
+        self._log(self._store.add_events([Event(type="ended", message=message)], time.time()))
+        return status
+
+    # ---------------------------------------------------------------------------------------------------- finding out
+
+    def _find_out(self, decision: Decision, obs: Observation) -> None:
+        wants = decision.wants
+        for group_id in wants.ports:
+            self._begin(f"ports {group_id}", self._check_ports(group_id))
+        audit = obs.now >= self._audit_at
+        if audit:
+            self._audit_at = obs.now + self._plan.audit_s
+        if wants.listing or audit:
+            self._ask("listing", self._list)
+        if wants.job or audit:
+            self._ask("job", self._look_at_job)
+
+    def _ask(self, name: str, question: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Ask Slurm, unless the same question is under way or was asked just now."""
+        now = monotonic()
+        if name not in self._tasks and now - self._asked.get(name, -QUERY_PAUSE_S) >= QUERY_PAUSE_S:
+            self._asked[name] = now
+            self._begin(name, question())
+
+    def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` beside the loop, once at a time per name."""
+        if name in self._tasks:
+            work.close()
+            return
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[name] = task
+        task.add_done_callback(lambda done: self._finish(name, done))
+
+    def _finish(self, name: str, done: asyncio.Task[None]) -> None:
+        self._tasks.pop(name, None)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.error("%s: %s", name, error, exc_info=error)
+        self._woken.set()
+
+    async def _list(self) -> None:
+        try:
+            self._listing = await self._backend.listing()
+        except Unobservable as e:
+            self._listing_failed_at = monotonic()
+            log.warning("%s", e)
+
+    async def _look_at_job(self) -> None:
+        asked_at = monotonic()
+        try:
+            self._job = await self._backend.job()
+        except Unobservable as e:
+            self._job = JobFacts(job=Job.UNKNOWN, time_left_s=self._job.time_left_s)
+            self._listing_failed_at = monotonic()
+            log.warning("%s", e)
+        self._job_asked_at = asked_at
+
+    async def _check_ports(self, group_id: str) -> None:
+        g, started_at = self._state.group(group_id), monotonic()
+        found = await open_ports(tuple(self._plan.group(group_id).endpoints()))
+        self._ports[group_id] = _PortCheck(since=g.since, started_at=started_at, open=found)
+        if found is None or found:
+            await asyncio.sleep(0.2)  # a port that is still open is looked at again, but not in a busy loop
+
+    async def _cancel(self) -> None:
+        """One call for all that is to be cancelled now, whichever group it belongs to."""
+        await asyncio.sleep(0)  # the tick that asked may ask for other groups too
+        refs = [
+            ref
+            for g in self._state.groups
+            if g.cancel_sent_at is not None
+            for ref in self._steps.refs(
+                Cancel(group=g.id, incarnation=g.incarnation, nodes=tuple(s.node for s in g.steps))
+            )
+        ]
+        if refs:
+            await self._backend.cancel(refs)
+
+
+def make_backend(plan: FleetPlan, run: RunDir, run_id: str, job: str) -> Backend:
+    """Return the backend that the plan names."""
+    if plan.backend == "local":
+        from slurm_rollout.local import LocalBackend
+
+        return LocalBackend(plan, run_id, str(run.agent))
+    from slurm_rollout.slurm.backend import SlurmBackend
+
+    return SlurmBackend(job, str(run.agent), plan.slurm.command_timeout_s)
+
+
+def read_exits(path: Path) -> dict[tuple[int, int], int]:
+    """Return the exit codes that the supervisor reaped: (pid, start time) to code."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                found[int(entry["pid"]), int(entry["started"])] = int(entry["code"])
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one term; the supervisor starts this."""
+    parser = argparse.ArgumentParser(prog="python -m slurm_rollout.coordinator", description=__doc__)
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--term", type=int, required=True)
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--restart-count", type=int, default=0)
+    parser.add_argument("--first", action="store_true", help="the first coordinator of this `up`")
+    args = parser.parse_args(argv)
+    # Without the supervisor nobody would start the next coordinator, and the engines would serve unwatched.
+    proc.die_with_parent(signal.SIGTERM)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    run = RunDir(args.run_dir)
+    os.umask(0o077)
+    try:
+        plan = load_plan(run)
+        state = load_state(
+            run,
+            plan,
+            job=args.job,
+            restart_count=args.restart_count,
+            term=args.term,
+            first=args.first,
+            now=monotonic(),
+        )
+    except RolloutError as e:
+        log.error("%s", e)
+        return CANNOT_START
+
+    async def supervise() -> int:
+        backend = make_backend(plan, run, state.run_id, args.job)
+        return await Coordinator(plan, run, state, backend, read_exits(run.exits)).run()
+
+    return asyncio.run(supervise())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""`decide`: the whole run, from its state and one observation to the next state and what to do about it. Pure.
+
+Deterministic, total, and idempotent: with nothing new in the observation, deciding again asks for nothing new.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from slurm_rollout.core import barrier_rules
+from slurm_rollout.core.group import Context, Out, advance, has_living_steps, stop, to
+from slurm_rollout.core.model import (
+    Decision,
+    Event,
+    GroupObservation,
+    GroupState,
+    Job,
+    Observation,
+    Process,
+    Request,
+    RunState,
+    StepState,
+    Wants,
+)
+from slurm_rollout.core.phases import ALIVE, Phase, Reason
+from slurm_rollout.core.plan import FleetPlan
+
+
+def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
+    """Return what `run` becomes in view of `obs`, and the actions, events and questions that follow."""
+    events: list[Event] = []
+    run = _heed(plan, run, obs, events)
+    contexts = _contexts(plan, run, obs)
+    run = _suspect_self(run, contexts, obs, events)
+    run = _note_blindness(run, obs, events)
+
+    actions, ports, want_listing, want_job = [], [], False, False
+    wake_at: float | None = None
+    groups = []
+    for before in run.groups:
+        ctx, out = contexts[before.id], Out()
+        g = replace(before, steps=_with_pids(before.steps, ctx.seen))
+        if run.ending:
+            g = _end_group(ctx, run, g)
+        g = advance(ctx, g, out)
+        groups.append(g)
+        actions += out.actions
+        events += out.events
+        want_listing |= out.want_listing
+        want_job |= out.want_job
+        if out.want_ports and g.phase is Phase.FENCING:
+            ports.append(g.id)
+        if out.wake_at is not None:
+            wake_at = out.wake_at if wake_at is None else min(wake_at, out.wake_at)
+
+    after = barrier_rules.publish(plan, replace(run, groups=tuple(groups)), obs.now)
+    if after.epoch != run.epoch:
+        serving = ", ".join(f"{g} (incarnation {n})" for g, n in after.serving) or "nothing"
+        events.append(Event(type="epoch", message=f"epoch {after.epoch}: {serving}", data={"epoch": after.epoch}))
+    return Decision(
+        state=after,
+        actions=tuple(actions),
+        events=tuple(events),
+        wants=Wants(ports=tuple(ports), listing=want_listing, job=want_job),
+        wake_at=wake_at,
+    )
+
+
+def is_over(run: RunState) -> bool:
+    """Tell whether the run is drained: it was to end, and every step was seen ended."""
+    return bool(run.ending) and all(g.phase is Phase.STOPPED for g in run.groups)
+
+
+# --------------------------------------------------------------------------------------------------- signals, requests
+
+
+def _heed(plan: FleetPlan, run: RunState, obs: Observation, events: list[Event]) -> RunState:
+    """Take in what people and Slurm want of the run as a whole, then the requests about groups."""
+    ending, message = Reason.NONE, ""
+    if obs.stop_signal:
+        ending, message = Reason.RUN_ENDING, "told to end"
+    elif obs.job is Job.ENDING:
+        ending, message = Reason.JOB_ENDING, "Slurm is ending the job"
+    for request in obs.requests:
+        if request.verb == "stop":
+            events.append(_answer(request, "request", "the run is ending"))
+            ending, message = ending or Reason.OPERATOR, f"stop, asked by {request.who or 'somebody'}"
+        else:
+            run = _heed_request(plan, run, obs, request, events)
+    if ending and not run.ending:
+        events.append(Event(type="ending", reason=ending, message=message))
+        run = replace(run, ending=ending, ending_at=obs.now)
+    return run
+
+
+def _answer(request: Request, type_: str, message: str) -> Event:
+    return Event(type=type_, message=message, data={"id": request.id, "verb": request.verb, "who": request.who})
+
+
+def _heed_request(plan: FleetPlan, run: RunState, obs: Observation, request: Request, events: list[Event]) -> RunState:
+    known = {g.id for g in run.groups}
+    unknown = [g for g in request.groups if g not in known]
+    if request.verb not in ("restart", "drain", "resume"):
+        events.append(_answer(request, "request_refused", f"unknown verb {request.verb!r}"))
+        return run
+    if unknown or not request.groups:
+        said = f"no group {', '.join(unknown)}" if unknown else "no group named"
+        events.append(_answer(request, "request_refused", f"{said}; groups: {', '.join(sorted(known))}"))
+        return run
+    if run.ending:
+        events.append(_answer(request, "request_refused", "the run is ending"))
+        return run
+    contexts = _contexts(plan, run, obs)
+    groups = []
+    for g in run.groups:
+        if g.id in request.groups:
+            g, said = _obey(contexts[g.id], g, request)
+            events.append(_answer(request, "request", f"{g.id}: {said}"))
+        groups.append(g)
+    return replace(run, groups=tuple(groups))
+
+
+def _obey(ctx: Context, g: GroupState, request: Request) -> tuple[GroupState, str]:
+    """Return the group after one operator's request, and the answer to it."""
+    by = f"{request.verb}, asked by {request.who or 'somebody'}"
+    if request.verb == "drain":
+        if g.phase in (Phase.DRAINING, Phase.STOPPED):
+            return g, f"is {g.phase} already"
+        if g.phase is Phase.STOPPING:
+            return to(ctx, g, Phase.DRAINING, Reason.OPERATOR, by, charge=None), "drains"
+        return stop(ctx, g, Reason.OPERATOR, by, drain=True), "drains"
+    if g.phase in (Phase.FAILED, Phase.STOPPED):
+        fresh = {"runtime_failures": (), "start_failures": (), "charge": None, "not_before": ctx.obs.now}
+        return to(ctx, g, Phase.FENCING, Reason.OPERATOR, by, **fresh), "starts again, with a fresh budget"
+    if g.phase is Phase.DRAINING:
+        return g, "is draining: ask again when it is stopped"
+    if g.phase is Phase.BACKOFF:
+        return replace(g, not_before=ctx.obs.now), "starts without waiting"
+    if request.verb == "restart" and g.phase in (Phase.READY, Phase.UNREADY, Phase.STARTING):
+        return stop(ctx, g, Reason.OPERATOR, by, drain=False), "restarts"
+    return g, f"is {g.phase} already: nothing to do"
+
+
+def _end_group(ctx: Context, run: RunState, g: GroupState) -> GroupState:
+    if g.phase in (Phase.STOPPED, Phase.DRAINING):
+        return g
+    if g.phase is Phase.STOPPING:
+        return to(ctx, g, Phase.DRAINING, run.ending, "the run is ending", charge=None)
+    return stop(ctx, g, run.ending, "the run is ending", drain=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole fleet
+
+
+def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Context]:
+    """Return each group's context. Facts of another incarnation than the group's own are left out."""
+    seen = {}
+    for g in run.groups:
+        found = obs.group(g.id)
+        if found is None or found.incarnation != g.incarnation:
+            found = GroupObservation(id=g.id, incarnation=g.incarnation)
+        seen[g.id] = found
+    contexts = {}
+    for g in run.groups:
+        group = plan.group(g.id)
+        contexts[g.id] = Context(
+            plan=plan, pool=plan.pool(group.pool), group=group, obs=obs, seen=seen[g.id], others_live=False
+        )
+    living = {g.id for g in run.groups if has_living_steps(contexts[g.id], g)}
+    suspect = _most_time_out(run, contexts)
+    return {i: replace(c, others_live=bool(living - {i}), ask_agents=suspect) for i, c in contexts.items()}
+
+
+def _most_time_out(run: RunState, contexts: dict[str, Context]) -> bool:
+    """Tell whether more than half of the groups time out and no step ended: then we are the suspect, not they."""
+    alive = [g for g in run.groups if g.phase in ALIVE]
+    seen = [contexts[g.id].seen for g in alive]
+    if any(s.exit is not None or s.process is not Process.RUNNING for group in seen for s in group.steps):
+        return False
+    late = [s for s in seen if any(e.failures and not e.refusals for e in s.endpoints)]
+    return bool(late) and 2 * len(late) > len(alive)
+
+
+def _suspect_self(run: RunState, contexts: dict[str, Context], obs: Observation, events: list[Event]) -> RunState:
+    suspect = any(
+        c.ask_agents and any(e.failures >= c.pool.probe.liveness_failure_threshold for e in c.seen.endpoints)
+        for c in contexts.values()
+    )
+    if suspect and run.suspect_self_since is None:
+        message = "most groups time out at once: only what their own agents see too counts as a failure"
+        events.append(Event(type="blind", reason="probes", message=message))
+        return replace(run, suspect_self_since=obs.now)
+    if not suspect and run.suspect_self_since is not None:
+        events.append(Event(type="sighted", reason="probes", message="probes are believed again"))
+        return replace(run, suspect_self_since=None)
+    return run
+
+
+def _note_blindness(run: RunState, obs: Observation, events: list[Event]) -> RunState:
+    answered = obs.listing.asked_at if obs.listing is not None else None
+    failed = obs.listing_failed_at
+    blind = failed is not None and (answered is None or failed > answered)
+    if blind and run.blind_since is None:
+        message = "Slurm does not answer: running engines are left alone, what needs it waits"
+        events.append(Event(type="blind", reason="slurm", message=message))
+        return replace(run, blind_since=obs.now)
+    if not blind and run.blind_since is not None:
+        events.append(Event(type="sighted", reason="slurm", message="Slurm answers again"))
+        return replace(run, blind_since=None)
+    return run
+
+
+def _with_pids(steps: tuple[StepState, ...], seen: GroupObservation) -> tuple[StepState, ...]:
+    """Remember which process holds each step, for the next coordinator."""
+    found = {(s.node, s.sweep): s for s in seen.steps if s.pid is not None}
+    return tuple(
+        replace(s, pid=found[s.node, s.sweep].pid, pid_started=found[s.node, s.sweep].pid_started)
+        if s.pid is None and (s.node, s.sweep) in found
+        else s
+        for s in steps
+    )

@@ -1,0 +1,476 @@
+"""What happens to one group: from its state and what was observed of it to its next state. Pure.
+
+`advance` runs the handler of the group's phase until the phase stays the same, so that a missed tick costs nothing.
+Nothing here acts on a fact that was not observed: a handler that misses one asks for it (`Out.want_…`) and waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from slurm_rollout.core import restart
+from slurm_rollout.core.failures import find_failure
+from slurm_rollout.core.model import (
+    Action,
+    Cancel,
+    Event,
+    Failure,
+    Go,
+    GroupObservation,
+    GroupState,
+    Job,
+    Launch,
+    Marks,
+    Observation,
+    Process,
+    StepObservation,
+    StepState,
+    Stop,
+)
+from slurm_rollout.core.names import step_name
+from slurm_rollout.core.phases import Phase, Reason, check_transition
+from slurm_rollout.core.plan import FleetPlan, GroupPlan, PoolPlan
+
+REPEAT_S = 5.0
+"""A stop or a cancel that shows no effect is sent again after this long."""
+
+_NO_STEPS: dict[str, Any] = {"steps": (), "stop_sent_at": None, "cancel_sent_at": None, "sweep_sent_at": None}
+
+SWEEP_AFTER_S = 1.0
+"""A port that still accepts connections this long after everything ended is worth a step that looks why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Everything that a decision about one group may look at."""
+
+    plan: FleetPlan
+    pool: PoolPlan
+    group: GroupPlan
+    obs: Observation
+    seen: GroupObservation  # of the current incarnation; empty when nothing was observed of it
+    ask_agents: bool = False  # most groups time out at once: only what the agents see too counts
+    others_live: bool = True  # another group has living steps, so the job is not ending
+
+
+@dataclass(slots=True)
+class Out:
+    """What the handlers collect."""
+
+    actions: list[Action] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    want_ports: bool = False
+    want_listing: bool = False
+    want_job: bool = False
+    wake_at: float | None = None
+
+    def wake(self, at: float) -> None:
+        self.wake_at = at if self.wake_at is None else min(at, self.wake_at)
+
+
+def advance(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    """Return the group's next state; what is to be done about it is added to `out`."""
+    for _ in Phase:
+        after = _HANDLERS[g.phase](ctx, g, out)
+        if after.phase is g.phase:
+            return after
+        # What was observed belongs to the phase that just ended, but for facts that no phase changes.
+        if after.incarnation != g.incarnation:
+            return after
+        g = after
+    return g
+
+
+def to(ctx: Context, g: GroupState, phase: Phase, reason: Reason, message: str = "", **changes: Any) -> GroupState:
+    """Return `g` in another phase."""
+    check_transition(g.id, g.phase, phase)
+    return replace(
+        g,
+        phase=phase,
+        since=ctx.obs.now,
+        since_wall=ctx.obs.wall,
+        reason=reason,
+        message=message,
+        **changes,
+    )
+
+
+def event(g: GroupState, type_: str, message: str = "", **data: Any) -> Event:
+    """Return an event about `g`; `rank`, `node` and `reason` are taken out of `data`."""
+    return Event(
+        type=type_,
+        group=g.id,
+        incarnation=g.incarnation,
+        reason=str(data.pop("reason", g.reason)),
+        message=message,
+        rank=data.pop("rank", None),
+        node=data.pop("node", ""),
+        data={k: v for k, v in data.items() if v is not None},
+    )
+
+
+def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bool) -> GroupState:
+    """Note a failure, and stop what lives. The charge itself is made at the next launch (`_launch`)."""
+    policy, now = ctx.pool.restart, ctx.obs.now
+    runtime = restart.recent(g.runtime_failures, policy, now)
+    start = restart.recent(g.start_failures, policy, now)
+    spent = charged and (
+        len(start) >= policy.max_start_failures if failure.startup else len(runtime) >= policy.max_restarts
+    )
+    if charged:
+        delay = restart.backoff_s(policy, len(runtime) + len(start) + 1)
+    else:
+        # A launch that Slurm was too blind to take must not be tried as fast as it fails.
+        delay = policy.backoff_initial_s if failure.reason is Reason.LAUNCH_FAILED else 0.0
+    out.events.append(
+        event(
+            g,
+            "failure",
+            failure.message,
+            reason=failure.reason,
+            rank=failure.rank,
+            node=failure.node,
+            restarted_peers=list(failure.restarted_peers),
+        )
+    )
+    g = replace(
+        g,
+        failure=failure,
+        charge=failure if charged else None,
+        goes_to=Phase.FAILED if spent else Phase.FENCING,
+        not_before=now + delay,
+        runtime_failures=runtime,
+        start_failures=start,
+        marks=Marks(seen_at=now),
+        slow=False,
+    )
+    if g.phase is Phase.FENCING:  # nothing lives: no stop is needed
+        return _settle(ctx, g, out)
+    return to(ctx, g, Phase.STOPPING, failure.reason, failure.message)
+
+
+def stop(ctx: Context, g: GroupState, reason: Reason, message: str, *, drain: bool) -> GroupState:
+    """Return `g` on its way down because somebody wants it: to STOPPED (`drain`) or to its next incarnation."""
+    if drain:
+        if g.phase is Phase.FENCING and not any(s.sweep for s in g.steps):
+            return to(ctx, g, Phase.STOPPED, reason, message)
+        if g.phase in (Phase.PENDING, Phase.BACKOFF, Phase.FAILED):
+            return to(ctx, g, Phase.STOPPED, reason, message, charge=None)
+        return to(ctx, g, Phase.DRAINING, reason, message, charge=None)
+    return to(
+        ctx,
+        g,
+        Phase.STOPPING,
+        reason,
+        message,
+        goes_to=Phase.FENCING,
+        charge=None,
+        not_before=ctx.obs.now,
+        marks=Marks(seen_at=ctx.obs.now),
+    )
+
+
+def ended(ctx: Context, g: GroupState, step: StepObservation) -> bool | None:
+    """Tell whether a step has ended; None when that was not observed.
+
+    srun's exit is a hint, not proof (facts/slurm.md A2, A3: a cut node, a hung slurmctld and a killed srun each leave
+    the server alive). Proof is the agent's exit record, or srun gone and a later valid listing without the step.
+    """
+    if step.exit is not None:
+        return True
+    if step.process is Process.RUNNING:
+        return False
+    listing = ctx.obs.listing
+    if step.exited_at is None or listing is None or listing.asked_at <= step.exited_at:
+        return None
+    name = step_name(ctx.plan, g.id, g.incarnation, step.node, sweep=step.sweep)
+    return name not in listing.names and step.pid not in listing.pids
+
+
+def has_living_steps(ctx: Context, g: GroupState) -> bool:
+    """Tell whether anything of the group runs, as far as its own processes on the batch host tell."""
+    return any(s.exit is None and s.process is Process.RUNNING for s in ctx.seen.steps)
+
+
+# ------------------------------------------------------------------------------------------------------------- handlers
+
+
+def _pending(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    return to(ctx, g, Phase.FENCING, Reason.FIRST_START)
+
+
+def _fencing(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    """Ports first, by connecting; what still accepts is swept by a step on its node, which also names the holder."""
+    now = ctx.obs.now
+    out.want_ports = True
+    deadline = g.since + ctx.pool.fence.timeout_s
+    sweeps = [s for s in ctx.seen.steps if s.sweep]
+    sweeping = _not_ended(ctx, g, sweeps, out)
+    busy = ctx.seen.ports_open
+    if busy is None:
+        return g
+    if not busy and not sweeping:
+        return _fenced(ctx, g, out)
+    waiting_for = next((s.waiting_for for s in sweeps if s.waiting_for), "")
+    message = waiting_for or f"{', '.join(busy)} still accepts connections" if busy else g.message
+    if now >= deadline:
+        if sweeping:
+            out.wake(now + REPEAT_S)
+            return _end_steps(ctx, replace(g, message=message), out, sweeping)
+        failure = Failure(
+            reason=Reason.PORT_BUSY,
+            message=f"not free after {ctx.pool.fence.timeout_s:g} s: {message}",
+            incarnation=g.incarnation,
+            at=now,
+            wall=ctx.obs.wall,
+            startup=True,
+        )
+        return fail(ctx, _charge(g), failure, out, charged=True)
+    out.wake(deadline)
+    if message != g.message:
+        out.events.append(event(g, "fence_waits", message, reason=Reason.PORT_BUSY))
+    g = replace(g, message=message)
+    due = g.since + SWEEP_AFTER_S if g.sweep_sent_at is None else g.sweep_sent_at + REPEAT_S
+    if sweeping or not busy:
+        return g
+    if now < due:
+        out.wake(due)
+        return g
+    nodes = tuple(n for n in ctx.group.nodes if any(b in busy for b in _ports_on(ctx, n)))
+    out.actions.append(Launch(group=g.id, incarnation=g.incarnation, nodes=nodes, sweep=True))
+    return replace(g, steps=tuple(StepState(node=n, sweep=True) for n in nodes), sweep_sent_at=now)
+
+
+def _fenced(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    now = ctx.obs.now
+    if g.marks.fenced_at is None:
+        g = replace(g, marks=replace(g.marks, fenced_at=now))
+        if g.incarnation:
+            since = g.marks.stopped_at if g.marks.stopped_at is not None else g.since
+            out.events.append(event(g, "fenced", "ports closed, nothing of it lives", fence_s=round(now - since, 3)))
+    if now < g.not_before:
+        delay = g.not_before - now
+        out.events.append(event(g, "waiting", f"next start in {delay:.0f} s", delay_s=round(delay, 1)))
+        return to(ctx, g, Phase.BACKOFF, g.reason, f"next start in {delay:.0f} s", **_NO_STEPS)
+    if not _job_goes_on(ctx, g, out):
+        return replace(g, message="every step of the run ended: asking Slurm whether the job is ending")
+    return _launch(ctx, g, out)
+
+
+def _job_goes_on(ctx: Context, g: GroupState, out: Out) -> bool:
+    """When everything is down, ask whether the job itself is ending before a restart is tried, or charged."""
+    seen_at, asked = g.marks.seen_at, ctx.obs.job_asked_at
+    if seen_at is None or ctx.others_live or (ctx.obs.job is Job.RUNNING and asked is not None and asked >= seen_at):
+        return True
+    out.want_job = True
+    return False
+
+
+def _charge(g: GroupState) -> GroupState:
+    """Book the failure that this launch follows. Not earlier: a job that is ending charges nobody."""
+    if g.charge is None:
+        return g
+    if g.charge.startup:
+        return replace(g, charge=None, start_failures=(*g.start_failures, g.charge.at))
+    return replace(g, charge=None, runtime_failures=(*g.runtime_failures, g.charge.at))
+
+
+def _launch(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    nodes = ctx.group.nodes
+    g = to(
+        ctx,
+        _charge(g),
+        Phase.STARTING,
+        g.reason,
+        "",
+        incarnation=g.incarnation + 1,
+        restarts=g.restarts + (1 if g.incarnation else 0),
+        **_NO_STEPS | {"steps": tuple(StepState(node=n) for n in nodes)},
+        go_sent_at=None,
+        goes_to=Phase.FENCING,
+        slow=False,
+        marks=replace(g.marks, launched_at=ctx.obs.now, go_at=None, ready_at=None),
+    )
+    out.events.append(event(g, "launching", f"on {', '.join(nodes)}"))
+    out.actions.append(Launch(group=g.id, incarnation=g.incarnation, nodes=nodes))
+    return g
+
+
+def _backoff(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    if ctx.obs.now < g.not_before:
+        out.wake(g.not_before)
+        return g
+    return to(ctx, g, Phase.FENCING, g.reason)
+
+
+def _starting(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    found = find_failure(ctx.plan, ctx.group, g, ctx.seen, ctx.obs, ask_agents=False)
+    if found is not None:
+        return fail(ctx, g, found.failure, out, charged=found.charged)
+    steps, now = ctx.seen.steps, ctx.obs.now
+    if g.go_sent_at is None:
+        waiting_for = next((f"{s.node}: {s.waiting_for}" for s in steps if s.waiting_for and not s.fenced), "")
+        if waiting_for != g.message:
+            if waiting_for:
+                out.events.append(event(g, "fence_waits", waiting_for))
+            g = replace(g, message=waiting_for)
+        if len(steps) < len(ctx.group.nodes) or not all(s.fenced for s in steps):
+            out.wake(g.since + ctx.plan.slurm.launch_timeout_s)
+            out.wake(g.since + ctx.plan.slurm.launch_timeout_s + ctx.pool.fence.timeout_s)
+            return g
+        launched = g.marks.launched_at if g.marks.launched_at is not None else now
+        out.events.append(event(g, "go", "every node is fenced", launch_s=round(now - launched, 3)))
+        out.actions.append(Go(group=g.id, incarnation=g.incarnation, nodes=ctx.group.nodes))
+        return replace(g, go_sent_at=now, message="", marks=replace(g.marks, go_at=now))
+    deaf = tuple(s.node for s in steps if s.started is None)
+    if deaf and now >= g.go_sent_at + 1.0:
+        # A coordinator that died between its journal and the signal leaves agents waiting: go is said until heard.
+        out.actions.append(Go(group=g.id, incarnation=g.incarnation, nodes=deaf))
+        g = replace(g, go_sent_at=now)
+    if deaf:
+        out.wake((g.go_sent_at or now) + 1.0)
+    proved = {e.rank for e in ctx.seen.endpoints if e.proved}
+    if not deaf and proved.issuperset(m.rank for m in ctx.group.entrypoints):
+        return _ready(ctx, g, out)
+    out.wake((g.marks.go_at or now) + ctx.pool.probe.startup_timeout_s)
+    return g
+
+
+def _ready(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    now, marks = ctx.obs.now, replace(g.marks, ready_at=ctx.obs.now)
+
+    def took(start: float | None, end: float | None) -> float | None:
+        return None if start is None or end is None else round(end - start, 3)
+
+    out.events.append(
+        event(
+            g,
+            "ready",
+            "every entrypoint answered a real request",
+            start_s=took(marks.go_at, now),
+            recovery_s=took(marks.seen_at, now),
+            stop_s=took(marks.seen_at, marks.stopped_at),
+            fence_s=took(marks.stopped_at, marks.fenced_at),
+            launch_s=took(marks.launched_at, marks.go_at),
+        )
+    )
+    return to(ctx, g, Phase.READY, Reason.NONE, marks=marks)
+
+
+def _serving(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    """READY and UNREADY: a failure ends it, an answer that says "no" only takes its URLs out of the barrier."""
+    found = find_failure(ctx.plan, ctx.group, g, ctx.seen, ctx.obs, ask_agents=ctx.ask_agents)
+    if found is not None:
+        return fail(ctx, g, found.failure, out, charged=found.charged)
+    slow = any(e.slow for e in ctx.seen.endpoints)
+    if slow and not g.slow:
+        out.events.append(event(g, "slow", "answers late, but its progress counter moves: left alone"))
+    g = replace(g, slow=slow)
+    refusing = [e for e in ctx.seen.endpoints if e.refusals >= ctx.pool.probe.readiness_failure_threshold]
+    if g.phase is Phase.READY and refusing:
+        worst = refusing[0]
+        out.events.append(event(g, "unready", worst.last_error, rank=worst.rank, reason=Reason.ANSWERS_ERROR))
+        return to(ctx, g, Phase.UNREADY, Reason.ANSWERS_ERROR, f"rank {worst.rank}: {worst.last_error}")
+    if g.phase is Phase.UNREADY and not any(e.refusals or e.failures for e in ctx.seen.endpoints):
+        out.events.append(event(g, "ready", "answers again", reason=""))
+        return to(ctx, g, Phase.READY, Reason.NONE)
+    return g
+
+
+def _stopping(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    living = _not_ended(ctx, g, ctx.seen.steps, out)
+    if g.phase is Phase.STOPPING and g.goes_to is Phase.FENCING:
+        _job_goes_on(ctx, g, out)  # asked while the steps end, so that nobody waits for the answer
+    if living or len(ctx.seen.steps) < len(g.steps):
+        return _end_steps(ctx, g, out, living)
+    now = ctx.obs.now
+    since = g.marks.seen_at if g.marks.seen_at is not None else g.since
+    g = replace(g, marks=replace(g.marks, stopped_at=now, fenced_at=None), **_NO_STEPS)
+    if g.incarnation:
+        out.events.append(event(g, "stopped", "every step ended", stop_s=round(now - since, 3)))
+    if g.phase is Phase.DRAINING:
+        out.events.append(event(g, "drained", g.message))
+        return to(ctx, g, Phase.STOPPED, g.reason, g.message)
+    return _settle(ctx, g, out)
+
+
+def _settle(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    """Nothing of it lives: on to the next fence, or to FAILED when the budget is spent."""
+    if g.goes_to is not Phase.FAILED:
+        if g.phase is Phase.FENCING:
+            # A fence that failed: the backoff comes first, then the next look at the ports.
+            return _wait(ctx, g, out)
+        return to(ctx, g, Phase.FENCING, g.reason, g.message)
+    what = "start-up failures" if g.failure and g.failure.startup else "restarts"
+    policy = ctx.pool.restart
+    limit = policy.max_start_failures if g.failure and g.failure.startup else policy.max_restarts
+    message = f"{limit} {what} within {policy.window_s:g} s are spent; last: {g.failure.message if g.failure else ''}"
+    out.events.append(event(g, "failed", message, reason=Reason.BUDGET_SPENT))
+    return to(ctx, g, Phase.FAILED, Reason.BUDGET_SPENT, message, charge=None, **_NO_STEPS)
+
+
+def _wait(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    delay = max(0.0, g.not_before - ctx.obs.now)
+    out.events.append(event(g, "waiting", f"next look in {delay:.0f} s", delay_s=round(delay, 1)))
+    return to(ctx, g, Phase.BACKOFF, Reason.PORT_BUSY, g.message, **_NO_STEPS)
+
+
+def _rest(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    return g
+
+
+_HANDLERS: dict[Phase, Callable[[Context, GroupState, Out], GroupState]] = {
+    Phase.PENDING: _pending,
+    Phase.FENCING: _fencing,
+    Phase.BACKOFF: _backoff,
+    Phase.STARTING: _starting,
+    Phase.READY: _serving,
+    Phase.UNREADY: _serving,
+    Phase.STOPPING: _stopping,
+    Phase.DRAINING: _stopping,
+    Phase.STOPPED: _rest,
+    Phase.FAILED: _rest,
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- ending
+
+
+def _not_ended(ctx: Context, g: GroupState, steps: Any, out: Out) -> list[StepObservation]:
+    """Return the steps that live or may live; for those that may, ask for a listing."""
+    living = []
+    for step in steps:
+        verdict = ended(ctx, g, step)
+        if verdict is True:
+            continue
+        living.append(step)
+        if step.process is not Process.RUNNING:
+            out.want_listing = True
+    return living
+
+
+def _end_steps(ctx: Context, g: GroupState, out: Out, living: list[StepObservation]) -> GroupState:
+    """First the agents (SIGUSR1 through srun: about 30 ms, also while slurmctld hangs), then one scancel."""
+    now, nodes = ctx.obs.now, tuple(s.node for s in living)
+    if not nodes:
+        return g
+    if g.stop_sent_at is None:
+        out.actions.append(Stop(group=g.id, incarnation=g.incarnation, nodes=nodes))
+        g = replace(g, stop_sent_at=now)
+    stop_sent_at = g.stop_sent_at if g.stop_sent_at is not None else now
+    due = stop_sent_at + ctx.pool.stop.grace_s + ctx.pool.stop.cancel_after_s
+    if g.cancel_sent_at is not None:
+        due = g.cancel_sent_at + REPEAT_S
+    if now >= due:
+        out.actions.append(Cancel(group=g.id, incarnation=g.incarnation, nodes=nodes))
+        g = replace(g, cancel_sent_at=now, message=f"{g.reason}: still ending on {', '.join(nodes)}")
+        due = now + REPEAT_S
+    out.wake(due)
+    return g
+
+
+def _ports_on(ctx: Context, node: str) -> list[str]:
+    address = ctx.group.addresses[node]
+    return [f"{address}:{p}" for m in ctx.group.on(node) for p in m.fenced_ports]

@@ -1,0 +1,100 @@
+"""Steps of the allocation: srun, scancel, scontrol."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+
+from slurm_rollout.backend import JobFacts, StepRef, monotonic
+from slurm_rollout.core.model import Listing
+from slurm_rollout.core.plan import FleetPlan, GroupPlan
+from slurm_rollout.errors import Unobservable
+from slurm_rollout.slurm import parse, srun
+
+
+class SlurmBackend:
+    """Steps of one job."""
+
+    holder = "srun"
+
+    def __init__(self, job: str, agent: str, command_timeout_s: float) -> None:
+        self._job = job
+        self._agent = agent
+        self._timeout_s = command_timeout_s
+        self._ids: dict[str, str] = {}  # step name -> id, of the newest listing
+
+    def argv(self, plan: FleetPlan, group: GroupPlan, node: str, incarnation: int, *, sweep: bool) -> list[str]:
+        return srun.step_argv(plan, group, node, incarnation, self._job, agent=self._agent, sweep=sweep)
+
+    def environ(self) -> dict[str, str]:
+        return srun.scrubbed()
+
+    async def listing(self) -> Listing:
+        asked_at = monotonic()
+        steps = parse.steps(await self._run("scontrol", "-o", "show", "step", self._job), self._job)
+        self._ids = {s.name: s.id for s in steps if s.name}
+        return Listing(
+            asked_at=asked_at,
+            names=frozenset(self._ids),
+            pids=frozenset(s.srun_pid for s in steps if s.srun_pid is not None),
+        )
+
+    async def job(self) -> JobFacts:
+        record = parse.job_record(await self._run("scontrol", "-o", "show", "job", self._job))
+        left = None if record.end_at is None else max(0.0, record.end_at - time.time())
+        return JobFacts(job=record.job, time_left_s=left)
+
+    async def cancel(self, steps: Sequence[StepRef]) -> None:
+        """One scancel for all. A step without an id has no name yet either: its srun is told to give up.
+
+        scancel downloads every job record of the cluster first, then sends one RPC a step (facts: slurm.md §2.5).
+        """
+        if any(not (s.step_id or s.name in self._ids) for s in steps):
+            with contextlib.suppress(Unobservable):
+                await self.listing()
+        ids = [i for i in (s.step_id or self._ids.get(s.name, "") for s in steps) if i]
+        for step in steps:
+            if not (step.step_id or step.name in self._ids) and step.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(step.pid, signal.SIGTERM)  # "forcing job termination", also of a pending step
+        if ids:
+            # A step that ended meanwhile makes scancel fail: what counts is what the next listing says.
+            with contextlib.suppress(Unobservable):
+                await self._run("scancel", *ids)
+
+    async def _run(self, *argv: str) -> str:
+        """Run one Slurm command and return what it printed.
+
+        Raises:
+            Unobservable: it could not be run, failed, or did not answer in time.
+        """
+        env = {**srun.scrubbed(), "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env=env,
+                start_new_session=True,
+            )
+        except OSError as e:
+            raise Unobservable(f"{argv[0]} could not be run: {e.strerror}") from None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                out, err = await process.communicate()
+        except TimeoutError:
+            raise Unobservable(f"{' '.join(argv)} did not answer within {self._timeout_s:g} s") from None
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            said = err.decode(errors="replace").strip()[-200:]
+            raise Unobservable(f"{' '.join(argv)} failed with {process.returncode}: {said}")
+        return out.decode(errors="replace")

@@ -1,0 +1,382 @@
+"""Writing the run directory: who may write, and how a late writer of an older term loses.
+
+One coordinator writes. On one host a lock on a node-local file decides (never on the shared file system: flock on some
+Lustre mounts is silently node-local). Files are prepared in `.t<term>/` and renamed from there; a takeover deletes
+older staging directories, so that the late rename of an old writer fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import stat
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from slurm_rollout import proc
+from slurm_rollout.core import codec
+from slurm_rollout.core.model import Event, GroupState, Request, RunState
+from slurm_rollout.core.phases import Phase, Reason
+from slurm_rollout.core.plan import FleetPlan
+from slurm_rollout.errors import CorruptFile, LeaseLost, RunDirBusy, StoreError
+from slurm_rollout.rundir import RunDir, read_json
+
+
+def node_local_dir() -> Path:
+    """Return this user's directory on this host, made and checked: nobody else may have prepared it.
+
+    Raises:
+        StoreError: it is not ours, or cannot be made.
+    """
+    path = Path(os.environ.get("ROLLOUT_TMPDIR", "/tmp")) / f"slurm-rollout-{os.getuid()}"
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        info = path.lstat()
+    except OSError as e:
+        raise StoreError(f"{path} cannot be made: {e.strerror}. Name another place in ROLLOUT_TMPDIR") from None
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise StoreError(f"{path} is not a directory that only you can enter: remove it, or set ROLLOUT_TMPDIR")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- one at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A run directory held by this process until it ends."""
+
+    lock: FileLock
+    note: Path
+
+    def release(self) -> None:
+        self.note.unlink(missing_ok=True)
+        self.lock.release()
+
+
+def claim(run: RunDir, plan: FleetPlan, job: str) -> Claim:
+    """Hold the run directory, and the ports of the plan, against every other coordinator of this host.
+
+    Raises:
+        RunDirBusy: another one is alive with the same run directory, with the same name in the same job, or with a port
+            of this plan. The message names it.
+        StoreError: the node-local directory cannot be used.
+    """
+    locks = node_local_dir() / "locks"
+    locks.mkdir(mode=0o700, exist_ok=True)
+    # Two that start at the same moment look at each other's notes one after the other.
+    with FileLock(locks / ".order.lock", timeout=30):
+        key = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:20]
+        lock = FileLock(locks / f"{key}.lock")
+        note = locks / f"{key}.json"
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            other = _read_note(note)
+            raise RunDirBusy(
+                f"{run.path} is in use by the coordinator of run {other.get('name', '?')!r} "
+                f"(pid {other.get('pid', '?')} on this host). Nothing was started. "
+                f"End it with `slurm-rollout stop --run-dir {run.path}`, "
+                "or name another directory with --run-dir"
+            ) from None
+        ours = {f"{address}:{port}" for group in plan.groups for address, port in group.endpoints()}
+        try:
+            for other_note in locks.glob("*.json"):
+                if other_note != note:
+                    _refuse_overlap(other_note, plan, job, ours)
+        except RunDirBusy:
+            lock.release()
+            raise
+        note.write_text(
+            json.dumps(
+                {
+                    "pid": os.getpid(),
+                    "name": plan.name,
+                    "job": job,
+                    "run_dir": str(run.path),
+                    "ports": sorted(ours),
+                    "backend": plan.backend,
+                }
+            ),
+            encoding="utf-8",
+        )
+    return Claim(lock=lock, note=note)
+
+
+def _read_note(note: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_overlap(note: Path, plan: FleetPlan, job: str, ours: set[str]) -> None:
+    probe = FileLock(note.with_suffix(".lock"))
+    try:
+        probe.acquire(blocking=False)
+    except Timeout:
+        pass
+    else:  # nobody holds it: the note of a coordinator that was killed
+        probe.release()
+        return
+    other = _read_note(note)
+    who = f"the coordinator of run {other.get('name')!r} (pid {other.get('pid')}, {other.get('run_dir')})"
+    if other.get("job") == job and other.get("name") == plan.name and other.get("backend") == plan.backend == "slurm":
+        raise RunDirBusy(
+            f"{who} runs in this job under the same name. Nothing was started. Give this one another `name`"
+        )
+    shared = sorted(ours.intersection(other.get("ports", ())))
+    if shared:
+        raise RunDirBusy(
+            f"{who} uses {len(shared)} of the same ports ({', '.join(shared[:3])}{' …' if len(shared) > 3 else ''}). "
+            "Nothing was started. Choose other nodes, or another [ports] base"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- preparation
+
+
+def prepare(run: RunDir, plan: FleetPlan) -> None:
+    """Make the run directory's parts and write the plan and the agent into it.
+
+    The directory can be entered by others so that they may read `status.json`, unless the run is private; nothing else
+    in it can be read by them.
+
+    Raises:
+        StoreError: it cannot be made or written.
+    """
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.path.chmod(0o700 if plan.private else 0o711)
+        for part in (run.requests, run.clients, run.logs, run.steps):
+            part.mkdir(mode=0o700, exist_ok=True)
+        _write(run.path / ".prepare", run.plan, json.dumps(codec.encode(plan), indent=1))
+        agent = Path(__file__).with_name("agent.py").read_text(encoding="utf-8")
+        _write(run.path / ".prepare", run.agent, agent)
+    except OSError as e:
+        raise StoreError(
+            f"{e.filename or run.path}: {e.strerror}. The run directory must be writable; nothing was started"
+        ) from None
+
+
+def load_plan(run: RunDir) -> FleetPlan:
+    """Return the plan of the run.
+
+    Raises:
+        StoreError: it is not there or not understood.
+    """
+    try:
+        return codec.decode(FleetPlan, read_json(run.plan))
+    except FileNotFoundError:
+        raise StoreError(f"{run.plan} is missing: `slurm-rollout up` writes it") from None
+    except ValueError as e:
+        raise CorruptFile(f"{run.plan}: {e}") from None
+
+
+def _write(staging: Path, path: Path, text: str, mode: int = 0o600) -> None:
+    staging.mkdir(mode=0o700, exist_ok=True)
+    tmp = staging / path.name
+    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with open(fd, "w", encoding="utf-8") as f:
+        f.write(text)
+    # The umask may have taken bits that status.json needs.
+    tmp.chmod(mode)
+    os.replace(tmp, path)
+
+
+def load_state(
+    run: RunDir, plan: FleetPlan, *, job: str, restart_count: int, term: int, first: bool, now: float
+) -> RunState:
+    """Return the state that a coordinator of this term starts from; `first`: it is the first one of its `up`.
+
+    In the same allocation it goes on where the last one was. In another one (a requeue, or a new job on the same run
+    directory) nothing of the old steps is believed: groups start over, incarnations and epoch go on.
+
+    Raises:
+        CorruptFile: state.json is there but not understood. Starting from nothing would let epochs fall.
+    """
+    try:
+        data = read_json(run.state)
+        old = codec.decode(RunState, data["state"])
+    except FileNotFoundError:
+        old = RunState(run_id=uuid.uuid4().hex[:12], job=job, restart_count=restart_count, term=0)
+        data = {}
+    except (ValueError, KeyError, TypeError) as e:
+        raise CorruptFile(
+            f"{run.state}: {e}. It holds the run's epochs and incarnations: move it away only if no trainer "
+            "relies on them"
+        ) from None
+    known = {g.id: g for g in old.groups}
+    groups = [known.get(g.id, GroupState(id=g.id)) for g in plan.groups]
+    same = (old.job, old.restart_count) == (job, restart_count) and data.get("boot_id") == proc.boot_id()
+    if not same:
+        groups = [_fresh(g) for g in groups]
+        old = replace(old, pools_once_ready=(), started_at=0.0)
+    elif first:
+        groups = [_begin_again(g) for g in groups]
+    if not same or first:
+        old = replace(old, ending=Reason.NONE, ending_at=0.0)
+    groups = [g if g.since else replace(g, since=now, since_wall=time.time()) for g in groups]
+    return replace(
+        old,
+        job=job,
+        restart_count=restart_count,
+        term=term,
+        groups=tuple(groups),
+        started_at=old.started_at or now,
+        blind_since=None,
+        suspect_self_since=None,
+    )
+
+
+def _fresh(g: GroupState) -> GroupState:
+    return GroupState(id=g.id, incarnation=g.incarnation, restarts=g.restarts)
+
+
+def _begin_again(g: GroupState) -> GroupState:
+    """A new `up` in the same allocation: what ended starts over, what was being ended comes back after that."""
+    if g.phase in (Phase.STOPPED, Phase.FAILED):
+        return _fresh(g)
+    if g.phase is Phase.DRAINING:
+        return replace(g, phase=Phase.STOPPING, goes_to=Phase.FENCING, charge=None)
+    return g
+
+
+def next_term(run: RunDir) -> int:
+    """Return a term above every one that left a trace in the run directory."""
+    terms = [0]
+    with contextlib.suppress(FileNotFoundError, StoreError, KeyError, TypeError):
+        terms.append(int(read_json(run.state)["state"]["term"]))
+    for entry in run.path.glob(".t*"):
+        if entry.name[2:].isdigit():
+            terms.append(int(entry.name[2:]))
+    return max(terms) + 1
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+class Store:
+    """The one writer of a term.
+
+    Raises (every method):
+        OSError: the run directory cannot be written; nothing may be started then.
+        LeaseLost: a coordinator of a newer term took over.
+    """
+
+    def __init__(self, run: RunDir, term: int, *, private: bool) -> None:
+        self.run = run
+        self._term = term
+        self._staging = run.staging(term)
+        self._private = private
+        self._events: IO[str] | None = None
+        self._count = 0
+
+    def open(self) -> None:
+        """Begin the term: older writers' staging directories go, and with them their right to rename."""
+        for entry in self.run.path.glob(".t*"):
+            if entry != self._staging:
+                shutil.rmtree(entry, ignore_errors=True)
+        self._staging.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(self.run.events(self._term), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._events = os.fdopen(fd, "a", encoding="utf-8")
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+    def add_events(self, events: Iterable[Event], wall: float) -> list[dict[str, Any]]:
+        """Append events, and return them as they were written."""
+        assert self._events is not None, "open() comes first"
+        lines = []
+        for event in events:
+            self._count += 1
+            line: dict[str, Any] = {"n": self._count, "at": round(wall, 3), "term": self._term}
+            line |= {k: v for k, v in codec.encode(event).items() if v not in ("", None, {}, 0)}
+            if event.rank is not None:
+                line["rank"] = event.rank
+            lines.append(line)
+        if lines:
+            self._events.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._events.flush()
+        return lines
+
+    def write_state(self, state: RunState) -> None:
+        document = {"boot_id": proc.boot_id(), "state": codec.encode(state)}
+        _write(self._staging_alive(), self.run.state, json.dumps(document))
+
+    def write_barrier(self, document: Mapping[str, object]) -> None:
+        _write(self._staging_alive(), self.run.barrier, json.dumps(document))
+
+    def write_status(self, document: Mapping[str, object]) -> None:
+        _write(self._staging_alive(), self.run.status, json.dumps(document), 0o600 if self._private else 0o644)
+
+    def _staging_alive(self) -> Path:
+        """An old writer must not make its staging directory anew: `_write` would."""
+        if not self._staging.is_dir():
+            raise LeaseLost(
+                f"{self._staging} is gone: a newer coordinator took over. This one writes and stops nothing"
+            )
+        return self._staging
+
+
+def last_seq(run: RunDir) -> int:
+    """Return the newest `seq` that readers may have seen; 0 when there is none."""
+    try:
+        return int(read_json(run.barrier)["seq"])
+    except (FileNotFoundError, StoreError, KeyError, TypeError, ValueError):
+        return 0
+
+
+def read_requests(run: RunDir) -> list[tuple[Path, Request]]:
+    """Return the operators' waiting requests, oldest first. What is no request comes with an empty verb."""
+    found = []
+    for entry in sorted(run.requests.glob("*.json"), key=lambda p: p.stat().st_mtime):
+        try:
+            data = read_json(entry)
+            request = Request(
+                id=str(data["id"]),
+                verb=str(data["verb"]),
+                groups=tuple(str(g) for g in data.get("groups") or ()),
+                who=str(data.get("who", "")),
+            )
+        except (FileNotFoundError, StoreError, KeyError, TypeError, AttributeError):
+            request = Request(id=entry.stem, verb="")
+        found.append((entry, request))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- lease
+
+
+def read_lease(run: RunDir) -> dict[str, Any]:
+    """Return what the last `up` on this run directory said of itself; empty where that is not known."""
+    try:
+        found = read_json(run.lease)
+    except (FileNotFoundError, StoreError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_lease(run: RunDir, *, job: str, restart_count: int, ended: bool) -> None:
+    """Say which host and job own the run directory now, or that they are done with it."""
+    document = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": job,
+        "restart_count": restart_count,
+        "ended": ended,
+        "at": round(time.time(), 3),
+    }
+    _write(run.path / ".prepare", run.lease, json.dumps(document))

@@ -1,0 +1,278 @@
+"""`up`'s small parent process: it owns the trainer and the coordinator, and what a dead coordinator leaves behind.
+
+As subreaper it becomes the parent of the sruns of a coordinator that died, keeps their exit codes in `exits.jsonl` for
+the next one, and starts that one with a higher term. It decides nothing about groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slurm_rollout import proc
+from slurm_rollout.core.plan import FleetPlan
+from slurm_rollout.rundir import RunDir, read_json
+
+log = logging.getLogger("slurm_rollout")
+
+TRAINER_GRACE_S = 10.0
+"""From TERM to KILL for a trainer that is to end."""
+
+FLEET_FAILED = 70
+"""Exit code of `up` when a pool can never again have `min_ready` groups."""
+
+TRAINER_AFTER_FAILURE_S = 60.0
+"""How long a trainer may take to end by itself after the barrier said `failed`."""
+
+DRAIN_MARGIN_S = 15.0
+"""On top of each pool's grace: by then the coordinator has ended every step, or gives up and says which are left."""
+
+GAVE_UP, SUPERSEDED, CANNOT_START = 3, 4, 5
+FINAL = {
+    GAVE_UP: "the coordinator gave up the drain: it says above which steps are left",
+    SUPERSEDED: "another coordinator took over the run directory",
+    CANNOT_START: "the coordinator could not start: it says above why",
+}
+"""Exit statuses of the coordinator after which no other one is started."""
+
+_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """What a coordinator is started with."""
+
+    job: str
+    restart_count: int
+    first_term: int
+
+
+def drain_bound_s(plan: FleetPlan) -> float:
+    """Return how long `up` takes at most from TERM to its own end, in seconds."""
+    grace = max(p.stop.grace_s + p.stop.cancel_after_s for p in plan.pools)
+    return max(grace + DRAIN_MARGIN_S, TRAINER_GRACE_S) + 5.0
+
+
+class Supervisor:
+    """Runs until the fleet is drained and the trainer, if there is one, has ended."""
+
+    def __init__(self, plan: FleetPlan, run: RunDir, term: Term, trainer: Sequence[str]) -> None:
+        self._plan = plan
+        self._run = run
+        self._how = term
+        self._argv = list(trainer)
+        self._term = term.first_term - 1
+        self._coordinator: subprocess.Popen[bytes] | None = None
+        self._restart_at = 0.0
+        self._crashes: list[float] = []
+        self._trainer: subprocess.Popen[bytes] | None = None
+        self._trainer_code: int | None = None
+        self._code: int | None = None  # decided once `up` is to end
+        self._end_by = float("inf")
+        self._kill_trainer_at = float("inf")
+        self._failed_at: float | None = None
+        self._over = False
+        self._signals: list[int] = []
+
+    def run(self) -> int:
+        """Return the exit code of `up`."""
+        proc.become_subreaper()
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in _ENDS:
+            signal.signal(number, lambda n, _: self._signals.append(n))
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._start_coordinator()
+        while not self._is_done():
+            select.select([reader], [], [], 0.2)
+            with contextlib.suppress(BlockingIOError):
+                os.read(reader, 4096)
+            self._step()
+        self._end_the_rest()
+        return self._exit_code()
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        if self._signals:
+            names = ", ".join(signal.Signals(n).name for n in self._signals)
+            self._signals.clear()
+            self._begin_to_end(0, f"{names}: draining the fleet")
+        self._reap()
+        if self._coordinator is None and not self._over and now >= self._restart_at:
+            self._start_coordinator()
+        barrier = self._read_barrier()
+        if self._argv and self._trainer is None and self._code is None and barrier in ("ready", "needs_weights"):
+            self._start_trainer()
+        if barrier == "failed" and self._code is None:
+            self._on_fleet_failed(now)
+        if now >= self._kill_trainer_at:
+            self._signal_trainer(signal.SIGKILL)
+
+    def _is_done(self) -> bool:
+        if time.monotonic() >= self._end_by:
+            log.error("the drain took longer than %.0f s: what is left is killed", drain_bound_s(self._plan))
+            return True
+        trainer_ended = self._trainer is None or self._trainer_code is not None
+        return self._over and trainer_ended
+
+    def _begin_to_end(self, code: int, why: str) -> None:
+        """Drain: the coordinator and the trainer are told at the same time."""
+        if self._code is not None:
+            return
+        log.info("%s", why)
+        self._code = code
+        self._end_by = time.monotonic() + drain_bound_s(self._plan)
+        if self._coordinator is not None:
+            self._coordinator.send_signal(signal.SIGTERM)
+        if self._trainer is not None and self._trainer_code is None:
+            self._signal_trainer(signal.SIGTERM)
+            self._kill_trainer_at = time.monotonic() + TRAINER_GRACE_S
+
+    def _on_fleet_failed(self, now: float) -> None:
+        """A dead fleet never leaves a trainer waiting: its barrier says so; here it gets time to end by itself."""
+        if self._failed_at is None:
+            self._failed_at = now
+            log.error("the fleet failed: see `slurm-rollout status --run-dir %s`", self._run.path)
+        waits = self._trainer is not None and self._trainer_code is None
+        if not waits or now - self._failed_at >= TRAINER_AFTER_FAILURE_S:
+            self._begin_to_end(FLEET_FAILED, "ending, because the fleet failed")
+
+    # ------------------------------------------------------------------------------------------------------- children
+
+    def _start_coordinator(self) -> None:
+        self._term += 1
+        argv = [
+            sys.executable,
+            "-m",
+            "slurm_rollout.coordinator",
+            f"--run-dir={self._run.path}",
+            f"--term={self._term}",
+            f"--job={self._how.job}",
+            f"--restart-count={self._how.restart_count}",
+        ]
+        if self._term == self._how.first_term:
+            argv.append("--first")
+        # A session of its own: a terminal's Ctrl-C reaches only the supervisor, which drains in order.
+        self._coordinator = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
+        if self._code is not None:
+            self._coordinator.send_signal(signal.SIGTERM)
+
+    def _start_trainer(self) -> None:
+        environ = dict(os.environ)
+        environ["ROLLOUT_BARRIER"] = str(self._run.barrier)
+        environ["ROLLOUT_RUN_DIR"] = str(self._run.path)
+        environ["ROLLOUT_TRAINER_NODELIST"] = ",".join(self._plan.trainer_nodes)
+        environ["ROLLOUT_TRAINER_NNODES"] = str(len(self._plan.trainer_nodes))
+        try:
+            self._trainer = subprocess.Popen(self._argv, env=environ, start_new_session=True)
+        except OSError as e:
+            log.error("the trainer %s could not be started: %s", self._argv[0], e.strerror)
+            self._begin_to_end(127 if isinstance(e, FileNotFoundError) else 126, "ending, because there is no trainer")
+            return
+        log.info("trainer started (pid %d): %s", self._trainer.pid, self._argv[0])
+
+    def _reap(self) -> None:
+        """Collect every child that ended, orphans of an earlier coordinator included."""
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            pid = ended.si_pid
+            was = proc.read(pid)  # the start time is gone once it is reaped
+            _, status = os.waitpid(pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+            if self._coordinator is not None and pid == self._coordinator.pid:
+                self._on_coordinator_end(code)
+            elif self._trainer is not None and pid == self._trainer.pid:
+                self._on_trainer_end(code)
+            elif was is not None:
+                self._keep_exit(pid, was.started, code)
+
+    def _on_coordinator_end(self, code: int) -> None:
+        assert self._coordinator is not None
+        self._coordinator.returncode = code  # it was reaped here, not by Popen
+        self._coordinator = None
+        if code in (0, *FINAL):
+            self._over = True
+            self._begin_to_end(1 if code else 0, FINAL.get(code, "the fleet is drained"))
+            if code:
+                self._code = 1
+            return
+        now = time.monotonic()
+        self._crashes = [t for t in self._crashes if now - t < 60.0] + [now]
+        # At once the first time; a coordinator that cannot live must not burn a core.
+        delay = 0.0 if len(self._crashes) == 1 else min(30.0, 0.5 * 2 ** (len(self._crashes) - 2))
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        log.error("the coordinator died (%s): the engines go on, the next one starts in %.1f s", how, delay)
+        self._restart_at = now + delay
+
+    def _on_trainer_end(self, code: int) -> None:
+        assert self._trainer is not None
+        self._trainer.returncode = code
+        self._trainer_code = 128 - code if code < 0 else code
+        if self._failed_at is not None:
+            self._begin_to_end(self._trainer_code or FLEET_FAILED, f"the trainer ended with {self._trainer_code}")
+        else:
+            self._begin_to_end(self._trainer_code, f"the trainer ended with {self._trainer_code}")
+
+    def _keep_exit(self, pid: int, started: int, code: int) -> None:
+        line = json.dumps({"pid": pid, "started": started, "code": code}) + "\n"
+        # A full disk loses an exit code, which is only a hint anyway, never the supervisor.
+        with contextlib.suppress(OSError), open(self._run.exits, "a", encoding="ascii") as f:
+            f.write(line)
+
+    def _signal_trainer(self, number: int) -> None:
+        if self._trainer is not None and self._trainer_code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._trainer.pid, number)
+
+    # ------------------------------------------------------------------------------------------------------------ end
+
+    def _end_the_rest(self) -> None:
+        """Leave no process: normally there is none left."""
+        if self._trainer is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._trainer.pid, signal.SIGKILL)
+        # An srun whose agent said its last word may take a moment more. TERM makes srun end its step; KILL leaves that
+        # to its twin.
+        for number, patience_s in ((None, 2.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 1.0)):
+            left = proc.descendants(os.getpid())
+            if number is not None:
+                for process in left:
+                    log.warning("ending what is left: %s (pid %d)", process.comm, process.pid)
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(process.pid, number)
+            deadline = time.monotonic() + patience_s
+            while left and time.monotonic() < deadline:
+                time.sleep(0.02)
+                self._reap()
+                left = proc.descendants(os.getpid())
+            if not left:
+                return
+
+    def _exit_code(self) -> int:
+        if self._trainer_code is not None and self._failed_at is None:
+            return self._trainer_code
+        return self._code or 0
+
+    def _read_barrier(self) -> str:
+        """Return the phase that the barrier of this `up` says; empty while there is none of it."""
+        try:
+            document = read_json(self._run.barrier)
+            return str(document["phase"]) if int(document["term"]) >= self._how.first_term else ""
+        except Exception:  # whatever is wrong with the file: this process must outlive it
+            return ""
