@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import select
 import signal
@@ -30,7 +31,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from typing import Any, Union
+    from typing import Any
 
     Evidence = tuple[int, str]  # incarnation, and what gave the process away
 
@@ -59,7 +60,7 @@ MAX_BODY_BYTES = 8 << 20
 LAST_LINES = 20
 LAST_LINES_BYTES = 4096
 
-# An address of the loopback network that no connection uses, so that only sockets bound to every address are in its way.
+# A loopback address that no connection uses: only sockets that are bound to every address are in its way.
 ODD_LOOPBACK = "127.83.108.114"
 
 
@@ -89,113 +90,60 @@ def report(kind: str, **details: Any) -> None:
 class Member:
     """One engine process."""
 
-    def __init__(self, orders: Orders) -> None:
-        self.rank: int = orders.get("rank", int)
-        self.gpus: list[int] = orders.items("gpus", int)
-        self.argv: list[str] = orders.items("argv", str)
-        if not self.argv:
-            orders.wrong("argv", "must not be empty")
-        self.env: dict[str, str] = orders.get("env", dict)
-        if not all(isinstance(value, str) for value in self.env.values()):
-            orders.wrong("env", "must hold strings only")
-        self.port: int = orders.get("port", int)
-        self.ports: list[int] = orders.items("ports", int)
-        self.entrypoint: bool = orders.get("entrypoint", bool)
-        self.log: str = orders.get("log", str)
-
-
-class Probe:
-    """How the agent probes an entrypoint of its own."""
-
-    def __init__(self, orders: Orders) -> None:
-        self.period_s: float = orders.get("period_s", float)
-        self.timeout_s: float = orders.get("timeout_s", float)
-        self.failure_threshold: int = orders.get("failure_threshold", int)
-        self.path: str = orders.get("path", str)
-        self.body: str = orders.get("body", str)
-        self.expect: str = orders.get("expect", str)
-        counter = orders.get("counter", dict, None)
-        self.counter_path: str = counter["path"] if counter else ""
-        self.counter_name: str = counter["name"] if counter else ""
+    def __init__(self, orders: dict[str, Any]) -> None:
+        self.rank: int = orders["rank"]
+        self.gpus: list[int] = orders["gpus"]
+        self.argv: list[str] = orders["argv"]
+        self.env: dict[str, str] = orders["env"]
+        self.port: int = orders["port"]
+        self.ports: list[int] = orders["ports"]
+        self.entrypoint: bool = orders["entrypoint"]
+        self.log: str = orders["log"]
 
 
 class Step:
     """What ROLLOUT_STEP orders."""
 
-    def __init__(self, text: str) -> None:
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise End("bad_config", "ROLLOUT_STEP is not JSON: " + str(error)) from None
-        orders = Orders(value, "ROLLOUT_STEP")
-        version = orders.get("version", int)
-        if version != 1:
-            orders.wrong("version", "must be 1: agent and coordinator are of different releases")
-        self.mode: str = orders.get("mode", str)
-        if self.mode not in ("serve", "sweep"):
-            orders.wrong("mode", "must be serve or sweep")
-        self.run_id: str = orders.get("run_id", str)
-        self.group: str = orders.get("group", str)
-        self.incarnation: int = orders.get("incarnation", int)
-        self.node: str = orders.get("node", str)
-        for key, part in (("run_id", self.run_id), ("group", self.group), ("node", self.node)):
-            if not part or "\0" in part or ("/" in part and key != "group") or part.strip(".") == "":
-                orders.wrong(key, "must be usable as a file name")
-        self.members = [Member(member) for member in orders.objects("members")]
-        self.setup: list[str] = orders.items("setup", str)
-        fence = orders.object("fence")
-        self.fence_timeout_s: float = fence.get("timeout_s", float)
-        self.gpu_memory_mb: int = fence.get("gpu_memory_mb", int)
-        self.unshared_gpus: bool = fence.get("unshared_gpus", bool)
-        self.grace_s: float = orders.object("stop").get("grace_s", float)
-        self.probe = Probe(orders.object("probe")) if orders.get("probe", dict, None) else None
-        self.log_max_bytes: int = orders.object("log").get("max_bytes", int)
-        self.state_dir: str = orders.get("state_dir", str, "") or f"/tmp/slurm-rollout-{os.getuid()}"
+    def __init__(self, orders: dict[str, Any]) -> None:
+        if orders["version"] != 1 or orders["mode"] not in ("serve", "sweep"):
+            raise ValueError("version must be 1, mode serve or sweep: agent and coordinator are of different releases")
+        self.mode: str = orders["mode"]
+        self.run_id: str = orders["run_id"]
+        self.group: str = orders["group"]
+        self.incarnation: int = orders["incarnation"]
+        self.node: str = orders["node"]
+        self.folder = [self.run_id, self.node, self.group.replace("/", "~")]
+        if any(not name.strip(".") or "/" in name or "\0" in name for name in self.folder):
+            raise ValueError("run_id, group and node must be usable in file names")
+        self.mark = f"{self.run_id}/{self.group}/{self.incarnation}/{self.node}"
+        self.members = [Member(member) for member in orders["members"]]
+        self.setup: list[str] = orders["setup"]
+        self.fence_timeout_s: float = orders["fence"]["timeout_s"]
+        self.gpu_memory_mb: int = orders["fence"]["gpu_memory_mb"]
+        self.unshared_gpus: bool = orders["fence"]["unshared_gpus"]
+        self.grace_s: float = orders["stop"]["grace_s"]
+        self.probe: dict[str, Any] | None = orders["probe"]
+        self.log_max_bytes: int = orders["log"]["max_bytes"]
+        self.state_dir: str = orders.get("state_dir") or f"/tmp/slurm-rollout-{os.getuid()}"
         self.slurm_step = slurm_step()
         self.newest_old = self.incarnation if self.mode == "sweep" else self.incarnation - 1
 
-    @property
-    def mark(self) -> str:
-        return f"{self.run_id}/{self.group}/{self.incarnation}/{self.node}"
 
-
-class Orders:
-    """A JSON object of ROLLOUT_STEP; every complaint names the place and the value."""
-
-    def __init__(self, value: Any, where: str) -> None:
-        if not isinstance(value, dict):
-            raise End("bad_config", f"{where} must be an object, not {json.dumps(value)[:100]}")
-        self.value = value
-        self.where = where
-
-    def wrong(self, key: str, what: str) -> None:
-        shown = json.dumps(self.value[key])[:100] if key in self.value else "missing"
-        raise End("bad_config", f"{self.where}: {key} {what}; it is {shown}")
-
-    def get(self, key: str, kind: type, *default: Any) -> Any:
-        value = self.value.get(key, *default)
-        if default and value == default[0]:
-            return value
-        wanted = (int, float) if kind is float else kind
-        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-            self.wrong(key, f"must be of type {kind.__name__}")
-        return value
-
-    def items(self, key: str, kind: type) -> Any:
-        value = self.get(key, list)
-        if not all(isinstance(item, kind) and not (isinstance(item, bool) and kind is int) for item in value):
-            self.wrong(key, f"must be a list of {kind.__name__}")
-        return value
-
-    def object(self, key: str) -> Orders:
-        return Orders(self.get(key, dict), f"{self.where}.{key}")
-
-    def objects(self, key: str) -> list[Orders]:
-        return [Orders(item, f"{self.where}.{key}[{n}]") for n, item in enumerate(self.get(key, list))]
+def read_orders() -> Step:
+    """Take ROLLOUT_STEP out of the environment, so that no engine inherits it. Raises `End` where it makes no sense."""
+    text = os.environ.pop("ROLLOUT_STEP", "")
+    if not text:
+        raise End("bad_config", "ROLLOUT_STEP is not set: slurm-rollout starts this, nobody by hand; see --help")
+    try:
+        return Step(json.loads(text))
+    except KeyError as error:
+        raise End("bad_config", f"ROLLOUT_STEP lacks {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise End("bad_config", f"ROLLOUT_STEP: {error}") from None
 
 
 def slurm_step() -> dict[str, str]:
-    """Which Slurm step this is. Since 21.08 step numbers begin anew after a requeue: the restart count belongs to it."""
+    """Return which Slurm step this is. After a requeue (21.08 on) step numbers begin anew: hence the restart count."""
     environ = os.environ
     job = environ.get("SLURM_JOB_ID", "")
     step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", ""))
@@ -328,12 +276,12 @@ def read_file(path: str) -> bytes:
     except OSError:
         return b""
     try:
-        parts = []
+        text = b""
         while True:
             part = os.read(fd, 65536)
             if not part:
-                return b"".join(parts)
-            parts.append(part)
+                return text
+            text += part
     except OSError:
         return b""
     finally:
@@ -344,7 +292,7 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
     try:
         os.kill(pid, number)
     except OSError:
-        pass
+        return  # it is gone
 
 
 def load_prctl() -> Callable[[int, int], int]:
@@ -406,6 +354,11 @@ def spawn(
         os._exit(127)
 
 
+def exit_code(status: int) -> int:
+    """Return the exit code in a wait status, or the negative signal that ended the process."""
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+
+
 def end_tree(inbox: Inbox) -> None:
     """Kill every descendant until none is left. A process that does not die (D state) keeps this waiting for ever."""
     inbox.ignore_stop()
@@ -436,8 +389,8 @@ class Records:
         self._written: list[list[int]] = []
         try:
             own_directory(step.state_dir)
-            self._path = os.path.join(step.state_dir, step.run_id, step.node, step.group.replace("/", "~"))
-            os.makedirs(self._path, mode=0o700, exist_ok=True)
+            self._path = os.path.join(step.state_dir, *step.folder)
+            make_folders(self._path)
         except OSError as error:
             raise End("bad_config", f"state directory {step.state_dir} cannot be used: {error}") from None
 
@@ -467,7 +420,7 @@ class Records:
         """Write down our descendants, where anything changed since the last time."""
         table = processes(os.getuid())
         me = os.getpid()
-        rows = sorted([p.pid, p.start] for p in [*below(table, [me]), table[me]])
+        rows = sorted([p.pid, p.start] for p in [*below(table, [me]), read_process(me)] if p is not None)
         if rows == self._written:
             return
         name = self._list_name(self._step.incarnation)
@@ -483,7 +436,8 @@ class Records:
 
     def remove(self) -> None:
         """Our tree is dead: nobody needs to look for it."""
-        self._unlink(self._step.incarnation)
+        if self._written:
+            self._unlink(self._step.incarnation)
 
     def old(self) -> dict[int, dict[str, Any]]:
         """Return the lists of this boot that older agents left, by incarnation."""
@@ -512,7 +466,7 @@ class Records:
         try:
             os.unlink(self._list_name(incarnation))
         except OSError:
-            pass
+            return  # there was none
 
     def _numbered(self, prefix: str) -> list[tuple[int, str]]:
         return [
@@ -522,12 +476,19 @@ class Records:
         ]
 
 
+def make_folders(path: str) -> None:
+    """Make the folder and those above it, for the owner only."""
+    mask = os.umask(0o077)
+    try:
+        os.makedirs(path, exist_ok=True)
+    finally:
+        os.umask(mask)
+
+
 def own_directory(path: str) -> None:
     """Make the directory, or see that it is ours alone to write: its name can be foreseen by others of the node."""
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
+    if not os.path.lexists(path):
+        make_folders(path)
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise OSError(errno.ENOTDIR, "not a directory, or a symbolic link to one")
@@ -551,11 +512,12 @@ def leftovers(step: Step, records: Records) -> dict[int, tuple[Process, Evidence
     listed: dict[tuple[int, int], int] = {}
     steps: dict[bytes, int] = {}
     for incarnation, old in lists.items():
-        listed.update({(pid, start): incarnation for pid, start in old["processes"]})
+        for pid, start in old["processes"]:
+            listed[pid, start] = incarnation
         slurm = old["slurm"]
         # A step number means something within one start of the job only, and our own step is no leftover.
         if slurm and step.slurm_step and slurm != step.slurm_step and slurm["restart"] == step.slurm_step["restart"]:
-            steps[f"/job_{slurm['job']}/step_{slurm['step']}/".encode()] = incarnation
+            steps[f"/job_{slurm['job']}/step_{slurm['step']}".encode()] = incarnation
     spared = {os.getpid(), *(p.pid for p in below(table, [os.getpid()])), *ancestors(table)}
     found: dict[int, tuple[Process, Evidence]] = {}
     for pid, process in table.items():
@@ -571,7 +533,7 @@ def leftovers(step: Step, records: Records) -> dict[int, tuple[Process, Evidence
         elif steps:
             cgroup = read_file(f"/proc/{pid}/cgroup")
             for part, incarnation in steps.items():
-                if part in cgroup:
+                if any(part + end in cgroup for end in (b"/", b"\n")):
                     found[pid] = process, (incarnation, "Slurm step")
     for pid in list(found):
         for process in below(table, [pid], spared):
@@ -602,8 +564,9 @@ def marked(step: Step, process: Process) -> int | None:
     number = mark[len(before) : -len(after)]
     if mark != before + number + after or not number.isdigit() or not 0 < int(number) <= step.newest_old:
         return 0
-    # Only an agent still has its orders in the environment that it was started with.
-    return 0 if orders and json.loads(orders).get("mode") == "sweep" else int(number)
+    # Only an agent has its orders in the environment that it was started with. A sweep is no leftover: it starts
+    # nothing, and two of them (a coordinator was replaced in between) must not end one another.
+    return 0 if orders and json.loads(orders)["mode"] == "sweep" else int(number)
 
 
 # --------------------------------------------------------------------------------------------------------------- ports
@@ -655,7 +618,7 @@ def tcp_lines(path: str) -> Iterator[list[bytes]]:
 
 
 def bindable(family: int, address: str, port: int, reuse: bool) -> bool:
-    """Could a server bind this? Only "already in use" says no: where the family does not exist it is in nobody's way."""
+    """Could a server bind this? Only "already in use" says no: a family that does not exist is in nobody's way."""
     try:
         with socket.socket(family, socket.SOCK_STREAM) as s:
             if reuse:
@@ -692,14 +655,15 @@ def holder(rows: list[Row]) -> str:
         return "a process that cannot be named (bound, not listening)"
     row = rows[0]
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and row.inode in socket_inodes(entry):
+        if entry.isdigit() and row.inode in (socket_inodes(entry) or ()):
             process = read_process(int(entry))
             if process is not None:
                 return f"pid {process.pid} ({process.name}, user {user_name(row.uid)}), on {row.address}"
     return f"a process of user {user_name(row.uid)} that is not visible to this user, on {row.address}"
 
 
-def socket_inodes(pid: Union[int, str]) -> set[str]:
+def socket_inodes(pid: int | str) -> set[str] | None:
+    """Return the inodes of the process's sockets; None where that may not be seen."""
     found = set()
     try:
         for fd in os.listdir(f"/proc/{pid}/fd"):
@@ -709,7 +673,9 @@ def socket_inodes(pid: Union[int, str]) -> set[str]:
                 continue
             if target.startswith("socket:["):
                 found.add(target[8:-1])
-    except OSError:
+    except PermissionError:
+        return None
+    except OSError:  # it is gone
         pass
     return found
 
@@ -732,7 +698,9 @@ def narrowed(mask: str | None, gpus: list[int], where: str) -> str:
         return ",".join(map(str, gpus))
     items = [item.strip() for item in mask.split(",") if item.strip()]
     if max(gpus) >= len(items):
-        raise End("bad_config", f"{where} needs the GPUs {gpus} of those that the step was given, but the mask is {mask!r}")
+        raise End(
+            "bad_config", f"{where} needs the GPUs {gpus} of those that the step was given, but the mask is {mask!r}"
+        )
     return ",".join(items[gpu] for gpu in gpus)
 
 
@@ -742,13 +710,12 @@ def gpu_environment(member: Member) -> dict[str, str]:
         return {}
     masks = {name: os.environ[name] for name in GPU_MASKS if name in os.environ}
     return {
-        name: narrowed(mask, member.gpus, f"rank {member.rank}: {name}")
-        for name, mask in (masks or {GPU_MASKS[0]: None}).items()
+        name: narrowed(masks.get(name), member.gpus, f"rank {member.rank}: {name}") for name in masks or GPU_MASKS[:1]
     }
 
 
 class GpuMemory:
-    """Is the GPU memory of older incarnations back? Asked of nvidia-smi, which is slow and may hang: never waited for."""
+    """Is the GPU memory of older incarnations back? nvidia-smi is slow and may hang: it is asked, never waited for."""
 
     def __init__(self, step: Step, inbox: Inbox) -> None:
         gpus = sorted({gpu for member in step.members for gpu in member.gpus})
@@ -806,14 +773,16 @@ class GpuMemory:
         return pid, reader
 
     def _judge(self, old: Mapping[int, int]) -> str:
-        answers = {}
+        answers, trouble = {}, ""
         for question, (pid, reader) in self._running.items():
             text = os.read(reader, 1 << 20).decode(errors="replace")
             os.close(reader)
-            code = os.WEXITSTATUS(self._inbox.exits[pid])
-            if not os.WIFEXITED(self._inbox.exits[pid]) or code != 0:
-                return f"nvidia-smi failed (exit {code}): {' '.join(text.split())[:200]}"
+            code = exit_code(self._inbox.exits[pid])
+            if code != 0:
+                trouble = f"nvidia-smi failed (exit {code}): {' '.join(text.split())[:200]}"
             answers[question.split("=")[0]] = [[cell.strip() for cell in row.split(",")] for row in text.splitlines()]
+        if trouble:
+            return trouble
         for row in answers.get("--query-compute-apps", ()):
             pid = int(row[0]) if row[0].isdigit() else 0
             # The driver lists a process a while after its death; a living one would have been found as a leftover.
@@ -894,10 +863,8 @@ def fence(step: Step, records: Records, inbox: Inbox) -> None:
 class Engine:
     """A member that was started."""
 
-    def __init__(self, member: Member, pid: int, result: int) -> None:
+    def __init__(self, member: Member) -> None:
         self.member = member
-        self.pid = pid
-        self.result = result
         self.probe: LocalProbe | None = None
         self.strange: list[str] = []  # inodes of the last look that were not ours
         self.stranger = ""  # as reported
@@ -907,6 +874,7 @@ def start(step: Step, records: Records, inbox: Inbox, prctl: Callable[[int, int]
     """Start every engine, all at once. Raises `End` where one cannot be."""
     null = os.open("/dev/null", os.O_WRONLY)
     engines: dict[int, Engine] = {}
+    waiting: dict[int, Member] = {}
     for member in step.members:
         argv = member.argv
         if step.setup:
@@ -914,20 +882,20 @@ def start(step: Step, records: Records, inbox: Inbox, prctl: Callable[[int, int]
         env = {**os.environ, **member.env, **gpu_environment(member), "ROLLOUT_MARK": step.mark}
         log = open_log(member) if member.log else null
         pid, result = spawn(argv, env, inbox, stdout=log, stderr=log, prctl=prctl)
-        engines[pid] = Engine(member, pid, result)
+        engines[pid] = Engine(member)
+        waiting[result] = member
         if log != null:
             os.close(log)
     os.close(null)
     records.write()
-    waiting = {engine.result: engine for engine in engines.values()}
     while waiting:
         ready = select.select(list(waiting), [], [], 0.05)[0]
         for result in ready:
-            engine = waiting.pop(result)
+            member = waiting.pop(result)
             error = os.read(result, 512).decode(errors="replace")
             os.close(result)
             if error:
-                raise exec_failed(engine.member, "bash" if step.setup else engine.member.argv[0], error)
+                raise exec_failed(member, "bash" if step.setup else member.argv[0], error)
         if not ready:
             inbox.wait(0)
     report("started", ranks=[e.member.rank for e in engines.values()], pids=list(engines))
@@ -936,7 +904,7 @@ def start(step: Step, records: Records, inbox: Inbox, prctl: Callable[[int, int]
 
 def open_log(member: Member) -> int:
     try:
-        os.makedirs(os.path.dirname(member.log) or ".", mode=0o700, exist_ok=True)
+        make_folders(os.path.dirname(member.log) or ".")
         return os.open(member.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
         message = f"rank {member.rank}: its log {member.log} cannot be opened: {error.strerror}"
@@ -961,6 +929,10 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
     if step.log_max_bytes and any(member.log for member in step.members):
         in_background(rotate_logs, [member.log for member in step.members if member.log], step.log_max_bytes)
     while True:
+        ended = next((pid for pid in inbox.exits if pid in engines), None)
+        if ended is not None:
+            raise engine_exited(engines[ended].member, inbox.exits[ended], ooms)
+        inbox.exits.clear()
         now = time.monotonic()
         if loading and now >= look_at:
             for engine in loading[:]:
@@ -980,23 +952,17 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
         for probe in probes:
             probe.report()
         inbox.wait(min(look_at if loading else list_at, list_at) - now)
-        for pid in [pid for pid in inbox.exits if pid in engines]:
-            raise engine_exited(engines[pid].member, inbox.exits[pid], ooms)
-        inbox.exits.clear()
 
 
 def engine_exited(member: Member, status: int, ooms_before: int) -> End:
     details: dict[str, Any] = {"rank": member.rank}
-    if os.WIFSIGNALED(status):
-        details["signal"] = os.WTERMSIG(status)
-        try:
-            name = signal.Signals(details["signal"]).name
-        except ValueError:  # a real-time signal
-            name = f"signal {details['signal']}"
-        how = f"was ended by {name}"
+    code = exit_code(status)
+    if code < 0:
+        details["signal"] = -code
+        how = f"was ended by signal {-code} ({signal.strsignal(-code)})"
     else:
-        details["code"] = os.WEXITSTATUS(status)
-        how = f"exited with code {details['code']}"
+        details["code"] = code
+        how = f"exited with code {code}"
     details["oom"] = oom_kills() > ooms_before
     if details["oom"]:
         how += ", and the kernel killed a process of the step because memory was used up"
@@ -1007,16 +973,14 @@ def oom_kills() -> int:
     """Return how many processes of our cgroup the kernel has killed for memory; 0 where that cannot be read."""
     for line in read_file("/proc/self/cgroup").decode(errors="replace").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            names = ("/sys/fs/cgroup" + path + "/memory.events", "/sys/fs/cgroup/unified" + path + "/memory.events")
-        elif "memory" in controllers.split(","):
-            names = ("/sys/fs/cgroup/memory" + path + "/memory.oom_control",)
-        else:
+        if controllers and "memory" not in controllers.split(","):
             continue
-        for name in names:
-            for words in map(bytes.split, read_file(name).splitlines()):
-                if words[:1] == [b"oom_kill"]:
-                    return int(words[1])
+        name = (
+            f"/sys/fs/cgroup/memory{path}/memory.oom_control" if controllers else f"/sys/fs/cgroup{path}/memory.events"
+        )
+        for words in map(bytes.split, read_file(name).splitlines()):
+            if words[0] == b"oom_kill":
+                return int(words[1])
     return 0
 
 
@@ -1027,11 +991,11 @@ def own_listener(engine: Engine) -> str:
     if not rows:
         engine.strange = []
         return ""
-    ours: set[str] = set()
-    uid = os.getuid()
-    for process in below(processes(uid), [os.getpid()]):
-        ours |= socket_inodes(process.pid)
-    strange = [row for row in rows if row.inode not in ours]
+    strange = rows
+    for process in below(processes(), [os.getpid()]):
+        inodes = socket_inodes(process.pid)
+        # Where an engine may not be looked into (file capabilities), its socket cannot be told from a stranger's.
+        strange = [row for row in strange if inodes is not None and row.inode not in inodes]
     if not strange:
         return rows[0].address
     # A socket that was just handed from one process to another can be missed by one look, not by two.
@@ -1045,7 +1009,7 @@ def own_listener(engine: Engine) -> str:
 
 
 def graceful(step: Step, engines: dict[int, Engine], inbox: Inbox) -> None:
-    """Ask the engines to leave, and wait for it; not where it makes no sense, because one is dead or does not answer."""
+    """Ask the engines to leave and wait for it, unless one is dead or does not answer: then it would make no sense."""
     failing = any(engine.probe is not None and engine.probe.state[0] for engine in engines.values())
     if step.grace_s <= 0 or failing or any(pid in inbox.exits for pid in engines):
         return
@@ -1068,13 +1032,17 @@ def in_background(function: Callable[..., None], *arguments: Any) -> None:
 
 def rotate_logs(logs: list[str], max_bytes: int) -> None:
     """Keep each log and one older part of it below `max_bytes`, more or less; the engine keeps its open file."""
+    said = set()
     while True:
         for log in logs:
             try:
                 if os.stat(log).st_size > max_bytes:
                     rotate(log)
             except OSError as error:
-                print(f"{log} cannot be rotated: {error.strerror}", file=sys.stderr)
+                message = f"{log} cannot be rotated: {error.strerror}"
+                if message not in said:
+                    said.add(message)
+                    print(message, file=sys.stderr)
         time.sleep(1.0)
 
 
@@ -1104,24 +1072,30 @@ def last_lines(log: str) -> list[str]:
 class LocalProbe:
     """The coordinator's liveness probe, asked from here: it tells a dead engine from a coordinator that is cut off."""
 
-    def __init__(self, member: Member, address: str, policy: Probe) -> None:
+    def __init__(self, member: Member, address: str, policy: dict[str, Any]) -> None:
         self._rank = member.rank
         self._port = member.port
         self._address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
-        self._policy = policy
+        self._period_s: float = policy["period_s"]
+        self._timeout_s: float = policy["timeout_s"]
+        self._threshold: int = policy["failure_threshold"]
+        self._path: str = policy["path"]
+        self._body: str = policy["body"]
+        self._expect: str = policy["expect"]
+        self._counter: dict[str, str] | None = policy["counter"]
         self._reported = 0
         self.state = (0, "")  # failures in a row, the last error; replaced as a whole by the probe's thread
 
     def report(self) -> None:
         """Report a change, up to the threshold: beyond it nothing new is to be said until the engine answers."""
         failures, error = self.state
-        failures = min(failures, self._policy.failure_threshold)
+        failures = min(failures, self._threshold)
         if failures != self._reported:
             self._reported = failures
             report("local_probe", rank=self._rank, failures=failures, error=error)
 
     def run(self) -> None:
-        policy = self._policy
+        """Probe for ever: the body of the probe's thread."""
         answered, seen = False, None
         while True:
             began = time.monotonic()
@@ -1134,9 +1108,9 @@ class LocalProbe:
             if not error or moved:
                 self._set(0, "")
             # Before the first answer it may still be loading; and where we ourselves did not run, nothing was observed.
-            elif answered and took_s < policy.timeout_s + 2:
+            elif answered and took_s < self._timeout_s + 2:
                 self._set(self.state[0] + 1, error)
-            time.sleep(max(0.0, began + policy.period_s - time.monotonic()))
+            time.sleep(max(0.0, began + self._period_s - time.monotonic()))
 
     def _set(self, failures: int, error: str) -> None:
         if (failures, error) != self.state:
@@ -1145,32 +1119,30 @@ class LocalProbe:
 
     def _ask_engine(self) -> str:
         """Return what is wrong with the answer; empty for a good one."""
-        policy = self._policy
         try:
-            status, body = self._exchange(policy.path, policy.body, policy.timeout_s)
+            status, body = self._exchange(self._path, self._body, self._timeout_s)
         except Exception as error:
             return str(error) or type(error).__name__
         if status != 200:
             return f"HTTP {status}"
-        if not policy.expect:
+        if not self._expect:
             return ""
         try:
             answer = json.loads(body)
         except ValueError:
             return "HTTP 200, but not JSON"
-        value = answer.get(policy.expect) if isinstance(answer, dict) else None
-        return "" if value and isinstance(value, (list, dict, str)) else f"HTTP 200, but no {policy.expect!r}"
+        value = answer.get(self._expect) if isinstance(answer, dict) else None
+        return "" if value and isinstance(value, (list, dict, str)) else f"HTTP 200, but no {self._expect!r}"
 
     def _read_counter(self) -> float | None:
         """Return the sum of the progress counter's samples, all labels; None where there is none to read."""
-        policy = self._policy
-        if not policy.counter_name:
+        if self._counter is None:
             return None
         try:
-            status, body = self._exchange(policy.counter_path, "", min(COUNTER_TIMEOUT_S, policy.timeout_s))
+            status, body = self._exchange(self._counter["path"], "", min(COUNTER_TIMEOUT_S, self._timeout_s))
         except Exception:
             return None
-        return sum_samples(body.decode(errors="replace"), policy.counter_name) if status == 200 else None
+        return sum_samples(body.decode(errors="replace"), self._counter["name"]) if status == 200 else None
 
     def _exchange(self, path: str, body: str, timeout_s: float) -> tuple[int, bytes]:
         """One request with one deadline around all of it: a server that drips bytes meets no time-out of a socket."""
@@ -1189,9 +1161,12 @@ class LocalProbe:
                 headers = {"Connection": "close", "Content-Type": "application/json"}
                 connection.request("POST" if body else "GET", path, body.encode() or None, headers)
                 response = connection.getresponse()
-                return response.status, response.read(MAX_BODY_BYTES)
+                answer = response.status, response.read(MAX_BODY_BYTES)
             finally:
                 timer.cancel()
+            if time.monotonic() >= deadline:
+                raise TimeoutError  # what the cut left of the answer looks complete where no length was announced
+            return answer
         except Exception:
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"no complete answer within {timeout_s:g} s") from None
@@ -1204,7 +1179,7 @@ def cut(wire: socket.socket) -> None:
     try:
         wire.shutdown(socket.SHUT_RDWR)
     except OSError:
-        pass
+        return  # it was closed meanwhile
 
 
 def sum_samples(page: str, name: str) -> float | None:
@@ -1212,10 +1187,13 @@ def sum_samples(page: str, name: str) -> float | None:
     total = None
     for line in page.splitlines():
         if line.startswith(name) and line[len(name) : len(name) + 1] in ("{", " ", "\t"):
+            sample = line[len(name) :].split(" # ")[0]  # without an exemplar
             try:
-                total = (total or 0.0) + float(line.rpartition("}")[2].split("#")[0].removeprefix(name).split()[0])
+                value = float(sample.rpartition("}")[2].split()[0])
             except (ValueError, IndexError):
                 continue
+            if math.isfinite(value):
+                total = (total or 0.0) + value
     return total
 
 
@@ -1223,7 +1201,7 @@ def sum_samples(page: str, name: str) -> float | None:
 
 
 def limit_core_dumps() -> None:
-    """Dumping hundreds of gigabytes would delay every recovery; a setup line (`ulimit -c`) may raise the limit again."""
+    """Dumping hundreds of gigabytes would delay recovery; a setup line (`ulimit -c`) may raise the limit again."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -1257,18 +1235,18 @@ def main() -> int:
     """Carry out ROLLOUT_STEP; return the exit status."""
     inbox = Inbox()
     if sys.argv[1:]:
-        print(__doc__.strip() if sys.argv[1:] == ["--help"] else "no arguments but --help")
-        return 0 if sys.argv[1:] == ["--help"] else STATUS["bad_config"]
+        if sys.argv[1:] == ["--help"]:
+            print(__doc__.strip(), flush=True)
+            return 0
+        print("it takes no arguments but --help; its orders come in ROLLOUT_STEP", file=sys.stderr)
+        return STATUS["bad_config"]
     slurm = slurm_step()
     name = f"{slurm['job']}.{slurm['step']}" if slurm else ""
     report("hello", pid=os.getpid(), step=name, host=os.uname().nodename)
     records = None
     step = None
     try:
-        text = os.environ.pop("ROLLOUT_STEP", "")
-        if not text:
-            raise End("bad_config", "ROLLOUT_STEP is not set: this is started by slurm-rollout; see --help")
-        step = Step(text)
+        step = read_orders()
         records = Records(step)
         if step.mode == "sweep":
             fence(step, records, inbox)
@@ -1282,7 +1260,7 @@ def main() -> int:
         traceback.print_exc()
         end = End("bad_config", f"the agent failed: {type(error).__name__}: {error}")
     end_tree(inbox)
-    if records is not None and step is not None and end.cause != "other_incarnation" and step.mode == "serve":
+    if records is not None:
         records.remove()
     if end.cause == "engine_exited" and step is not None:
         log = next(member.log for member in step.members if member.rank == end.record["rank"])

@@ -217,9 +217,7 @@ class Barrier:
         with self._lock:
             return self._note(state, reason, message)
 
-    def wait_ready(
-        self, after_epoch: int | None = None, timeout: float | None = None, poll_s: float = 1.0
-    ) -> State:
+    def wait_ready(self, after_epoch: int | None = None, timeout: float | None = None, poll_s: float = 1.0) -> State:
         """Wait until a coordinator that is alive says that the fleet is ready, and return what it says.
 
         `after_epoch`: only an epoch above it will do.
@@ -256,8 +254,7 @@ class Barrier:
         Reads the file and asks nobody else. A sample that another incarnation made is to be dropped.
         """
         return any(
-            known.serving and known.id == group and known.incarnation == incarnation
-            for known in self.current().groups
+            known.serving and known.id == group and known.incarnation == incarnation for known in self.current().groups
         )
 
     def _fetch(self) -> tuple[State | None, str, str]:
@@ -321,9 +318,7 @@ class Barrier:
 
     def _is_wanted(self, state: State) -> bool:
         # The file of a run outside Slurm names no job: also a reader that happens to be inside one takes it.
-        return not state.job or (
-            self.job in ("", state.job) and self.restart_count in (None, state.restart_count)
-        )
+        return not state.job or (self.job in ("", state.job) and self.restart_count in (None, state.restart_count))
 
     def _unwanted(self, state: State) -> str:
         restart = "any" if self.restart_count is None else self.restart_count

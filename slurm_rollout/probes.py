@@ -31,8 +31,8 @@ from slurm_rollout.core.plan import ProbePolicy
 from slurm_rollout.ports_check import OWN_TROUBLE
 
 if importlib.util.find_spec("sniffio") is None:
-    # httpcore 1.0 tries this import six times per request, and newer anyio does not bring the module along: searching the
-    # path for it in vain was a third of a probe's CPU time (bench/probes.py). The import fails as before, only at once.
+    # httpcore 1.0 tries this import six times per request, and newer anyio does not bring the module along: to search
+    # the path for it was a third of a probe's CPU time (bench/probes.py). The import fails as before, only at once.
     sys.modules["sniffio"] = None  # type: ignore[assignment]
 
 MAX_ANSWER_BYTES = 1 << 20

@@ -180,8 +180,8 @@ def _read_yaml(path: Path, text: str) -> Any:
 Loc = tuple[int | str, ...]
 
 _KEYS_OF_LATER = {
-    "container": "containers come with the engine adapters in a later version; in this one, start the container in "
-    "engine.argv, or through slurm.srun_args"
+    "container": "containers come with the engine adapters in a later version; in this one, start the container from "
+    "engine.argv"
 }
 
 
@@ -191,7 +191,9 @@ def _shape_problem(loc: Loc, error: Any, data: Any) -> str:
     if error["type"] == "extra_forbidden":
         key = str(loc[-1])
         return _describe(loc, data, _KEYS_OF_LATER.get(key) or _unknown_key(key, _known_keys(loc[:-1])), error["input"])
-    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "should", 1)
+    message = re.sub(r"^(Value error, |(Input|String|List) (?=should))", "", str(error["msg"]))
+    if error["type"] in ("model_type", "dict_type"):  # pydantic names the Python class here
+        message = "should be a table"
     return _describe(loc, data, message, error["input"])
 
 
@@ -217,6 +219,8 @@ def _is_table(annotation: Any) -> TypeGuard[type[Table]]:
 
 
 def _describe(loc: Loc, data: Any, why: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{_path(loc, data)}: {why}"
     shown = json.dumps(value, ensure_ascii=False, default=str)
     if len(shown) > 80:
         shown = f"{shown[:77]}…"
@@ -227,7 +231,7 @@ def _path(loc: Loc, data: Any) -> str:
     path = ""
     for part in loc:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    if loc[:1] == ("pool",) and len(loc) > 2:
+    if loc[:1] == ("pool",) and len(loc) > 1:
         name = _value_at((*loc[:2], "name"), data)
         return f"{path} (pool {name})" if isinstance(name, str) else path
     return path

@@ -74,6 +74,15 @@ class Request(Table):
     body: dict[str, Any] | None = None
     expect: str | None = None
 
+    @field_validator("body")
+    @classmethod
+    def _body_is_json(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as e:  # TOML and YAML have dates and infinite numbers
+            raise ValueError(f"should be a table that JSON can express: {e}") from None
+        return value
+
     def value(self, default: ProbeRequest) -> ProbeRequest:
         """Return the request: the engine's default without a path; with one, a GET unless there is a body."""
         if self.path is None:

@@ -507,6 +507,14 @@ def test_another_users_file_cannot_steer_the_terminal(run_dir: Path, capsys: pyt
     assert "\x1b" not in said
 
 
+def test_the_run_of_a_job(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_dir)
+    (run_dir / "rollout-runs/77").mkdir(parents=True)
+    put_status(run_dir / "rollout-runs/77", document())
+    assert main(["status", "-j", "77"]) == 0
+    assert main(["status", "-j", "78"]) == 2
+
+
 # -------------------------------------------------------------------------------------------------------------- events
 
 
@@ -643,6 +651,15 @@ def test_the_last_lines(run_dir: Path, capsys: pytest.CaptureFixture[str], lines
     assert capsys.readouterr().out.splitlines() == (content[-lines:] if lines else [])
 
 
+@pytest.mark.parametrize(("lines", "shown"), [(0, ""), (1, "d"), (2, "cd"), (3, "b cd"), (9, "a b cd")])
+def test_the_last_lines_of_a_log_that_was_just_rotated(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], lines: int, shown: str
+) -> None:
+    put_log(run_dir, "actor/0/1/0", "d").with_suffix(".log.1").write_text("a\nb\nc")  # cut within a line
+    assert main(["logs", "actor/0", "-n", str(lines), "--run-dir", str(run_dir)]) == 0
+    assert capsys.readouterr().out.split() == shown.split()
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [
@@ -675,7 +692,7 @@ def test_groups_are_known_from_the_plan_before_there_is_a_status(
 
 
 def test_logs_are_followed_over_rotation_and_restart(run_dir: Path, start: Callable[..., Command]) -> None:
-    log = put_log(run_dir, "actor/0/1/0", "a\nb\n")
+    log = put_log(run_dir, "actor/0/1/0", "a\n" * 99 + "b\n")
     following = start("logs", "actor/0", "-f", "-n", "1", "--run-dir", run_dir)
     assert following.line() == "b"
     with log.open("a") as file:
@@ -683,13 +700,9 @@ def test_logs_are_followed_over_rotation_and_restart(run_dir: Path, start: Calla
     assert following.line() == "c"
     with log.open("a") as file:
         file.write(" whole\nbefore\n")
-    log.rename(log.with_suffix(".log.1"))
-    log.write_text("after\n")
+    log.with_suffix(".log.1").write_bytes(log.read_bytes())
+    log.write_text("after\nlast words")  # in place, as the agent does it: shorter than what was read
     assert [following.line() for _ in range(3)] == ["half whole", "before", "after"]
-    log.write_text("cut\n")  # in place, and shorter than what was read
-    assert following.line() == "cut"
-    with log.open("a") as file:
-        file.write("last words")
     put_log(run_dir, "actor/0/2/0", "new 1\nnew 2\n")
     assert [following.line() for _ in range(3)] == ["last words", "new 1", "new 2"]
     code, said = following.end(signal.SIGINT)
@@ -721,10 +734,11 @@ def answering(run_dir: Path, *answers: tuple[str, str], keep: bool = False) -> I
                 taken.append(json.loads(path.read_text()))
                 if not keep:
                     path.unlink()
-                with (run_dir / "events.1.jsonl").open("a") as file:
-                    for n, (type_, message) in enumerate(answers):
+                for n, (type_, message) in enumerate(answers):
+                    with (run_dir / "events.1.jsonl").open("a") as file:
                         file.write(event(n, "request", data={"id": "another"}))
                         file.write(event(n, type_, message=message, data={"id": taken[0]["id"]}))
+                    over.wait(2 * requests_module.POLL_S)  # answers may come one after the other
             over.wait(0.01)
 
     thread = threading.Thread(target=serve)
@@ -754,7 +768,9 @@ def test_one_answer_for_several_groups_will_do(
     monkeypatch.setattr(requests_module, "_REST_S", 0.05)
     put_status(run_dir, document())
     with answering(run_dir, ("request", "both drain")):
-        assert main(["drain", "actor/0", "actor/1", "--run-dir", str(run_dir)]) == 0
+        started_at = time.monotonic()
+        assert main(["drain", "actor/0", "actor/1", "--timeout", "100", "--run-dir", str(run_dir)]) == 0
+        assert time.monotonic() - started_at < DEADLINE_S
     assert capsys.readouterr().out == "both drain\n"
 
 

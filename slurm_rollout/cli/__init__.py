@@ -88,14 +88,17 @@ def _main(argv: list[str]) -> int:
     name = argv[0] if argv else ""
     parser = _top_parser()
     try:
-        if name in modules:
-            module = importlib.import_module(f"slurm_rollout.cli.{modules[name]}")
-            module.add_parser(parser.add_subparsers(prog=PROG, metavar="COMMAND"))
-        else:
-            parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
-        args = parser.parse_args(argv)
         if name not in modules:
+            parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
+            args = parser.parse_args(argv[:1])
             parser.error(f"no command {args.command!r}: choose one of {', '.join(modules)}")
+        subparsers = parser.add_subparsers(prog=PROG, metavar="COMMAND")
+        importlib.import_module(f"slurm_rollout.cli.{modules[name]}").add_parser(subparsers)
+        # The command's own parser, not the top one: that one treats a `--` in between as its own (Python 3.13).
+        # What follows `--` is a trainer's command line: argparse must not see it, whatever options it has.
+        end = argv.index("--") if name == "up" and "--" in argv else len(argv)
+        args = subparsers.choices[name].parse_args(argv[1:end])
+        args.after_dashes = argv[end:]
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else 1
     return int(args.run(args))

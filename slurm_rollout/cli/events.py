@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from slurm_rollout.cli import add_help, add_run_options
-from slurm_rollout.cli.status import check_groups, member
+from slurm_rollout.cli.status import check_groups
 from slurm_rollout.cli.table import clean
+from slurm_rollout.core.view import event_line
 from slurm_rollout.errors import CorruptFile, StoreError
 from slurm_rollout.rundir import RunDir, event_files, find_run_dir
 
@@ -109,23 +110,7 @@ def _parse(raw: bytes, path: Path, start: int) -> dict[str, Any] | CorruptFile:
 
 
 def format_event(event: dict[str, Any]) -> str:
-    """Return one line: time, group.incarnation, type, reason, rank@node, message, times taken."""
+    """Return an event in one line, with its local time."""
     at = float(event.get("at") or 0.0)
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at)) + f".{int(at % 1 * 1000):03}"
-    group = str(event.get("group", ""))
-    who = f"{group}.{event.get('incarnation', 0)}" if group else "-"
-    words = [
-        stamp,
-        f"{who:<12}",
-        f"{event.get('type', '?'):<10}",
-        str(event.get("reason", "")),
-        member(event.get("rank"), str(event.get("node", ""))),
-        str(event.get("message", "")),
-    ]
-    data = event.get("data")
-    if isinstance(data, dict):
-        peers = data.get("restarted_peers")
-        if isinstance(peers, list) and peers:
-            words.append(f"(restarts healthy ranks {','.join(map(str, peers))})")
-        words += [f"{k.removesuffix('_s')} {v} s" for k, v in data.items() if k.endswith("_s")]
-    return clean(" ".join(word for word in words if word).rstrip())
+    return clean(f"{stamp} {event_line(event)}")

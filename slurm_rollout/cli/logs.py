@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -112,14 +113,23 @@ def _follow(run: RunDir, group: str, rank: int | None, lines: int, only: int | N
 
 
 class Tail:
-    """One member's log from its last `lines` on (None: from its start), also while its agent rotates it."""
+    """One member's log from its last `lines` on (None: from its start), also while its agent rotates it.
+
+    The agent copies a log that grew too large to `RANK.log.1` and cuts it in place, as the engine keeps it open.
+    """
 
     def __init__(self, path: Path, lines: int | None) -> None:
         self._path = path
-        self._file: BufferedReader = path.open("rb")
+        self._older = path.with_name(f"{path.name}.1")
+        self._file = path.open("rb")
+        self._first: list[bytes] = []
         self._rest = b""
         if lines is not None:
-            _seek_last_lines(self._file, lines)
+            missing = _seek_last_lines(self._file, lines)
+            if missing and self._older.exists():
+                with self._older.open("rb") as older:
+                    _seek_last_lines(older, missing)
+                    self._first = older.readlines()
 
     def __enter__(self) -> Tail:
         return self
@@ -132,15 +142,21 @@ class Tail:
 
     def read(self, *, all_of_it: bool = False) -> Iterator[bytes]:
         """Yield the new lines; a last one without its end only with `all_of_it`."""
-        yield from self._lines()
-        if self._rotated():
-            yield from self._lines()
+        yield from self._lines(self._first)
+        self._first = []
+        read = self._file.tell()
+        if os.fstat(self._file.fileno()).st_size < read:
+            with suppress(FileNotFoundError), self._older.open("rb") as older:
+                older.seek(read)
+                yield from self._lines(older)
+            self._file.seek(0)
+        yield from self._lines(self._file)
         if all_of_it and self._rest:
             yield self._rest + b"\n"
             self._rest = b""
 
-    def _lines(self) -> Iterator[bytes]:
-        for part in self._file:
+    def _lines(self, parts: Iterable[bytes]) -> Iterator[bytes]:
+        for part in parts:
             line = self._rest + part
             if line.endswith(b"\n"):
                 self._rest = b""
@@ -148,41 +164,30 @@ class Tail:
             else:
                 self._rest = line
 
-    def _rotated(self) -> bool:
-        """Go to the start of the new file when the old one was renamed away or cut; tell whether that was so."""
-        try:
-            there = self._path.stat()
-        except FileNotFoundError:
-            return False  # between the two renames of a rotation, or an old incarnation that was removed
-        mine = os.fstat(self._file.fileno())
-        if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
-            self._file.close()
-            self._file = self._path.open("rb")
-            return True
-        if there.st_size < self._file.tell():
-            self._file.seek(0)
-            return True
-        return False
 
+def _seek_last_lines(file: BufferedReader, lines: int) -> int:
+    """Go back from the end of `file` to where its last `lines` begin; return how many of them it does not have.
 
-def _seek_last_lines(file: BufferedReader, lines: int) -> None:
-    """Go back from the end of `file` to where its last `lines` begin. A last line without its end counts as one."""
+    A last line without its end counts as one.
+    """
     position = end = file.seek(0, os.SEEK_END)
-    wanted = lines + 1  # the line end before the first wanted line
+    if not lines:
+        return 0
+    missing = lines
     while position > 0:
         start = max(0, position - _BLOCK)
         file.seek(start)
         block = file.read(position - start)
-        if position == end and not block.endswith(b"\n"):
-            wanted -= 1
-        while wanted and (found := block.rfind(b"\n")) >= 0:
-            wanted -= 1
-            if not wanted:
-                file.seek(start + found + 1)
-                return
-            block = block[:found]
+        # Each line end is the start of a line, but for the one at the end of the file.
+        at = len(block) - 1 if position == end and block.endswith(b"\n") else len(block)
+        while (at := block.rfind(b"\n", 0, at)) >= 0:
+            missing -= 1
+            if not missing:
+                file.seek(start + at + 1)
+                return 0
         position = start
-    file.seek(0 if lines else end)
+    file.seek(0)
+    return missing - 1 if end else missing
 
 
 def _incarnations(run: RunDir, group: str) -> list[int]:

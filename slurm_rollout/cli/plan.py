@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add = parser.add_argument
     add("spec", metavar="SPEC", help="the spec file (.toml, .json, .yaml)")
-    add("--nodes", metavar="HOSTLIST", help="plan for these nodes, such as gpu[01-08], not for the job's")
+    add("--nodes", metavar="HOSTLIST", help="plan for these nodes, such as gpu[01-08], instead of the job's")
     add("--gpus-per-node", metavar="N", type=_number, help="GPUs of a node (default: what the job says)")
     add(
         "--cpus-per-node", metavar="N", type=_number, help="CPUs of a node (default: what the job says; with --nodes 1)"
@@ -71,10 +71,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _number(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number is needed, not {text!r}")
+    return int(text)
 
 
 def _allocation(args: argparse.Namespace, spec: Spec) -> Allocation:
@@ -241,9 +240,9 @@ def _bound_rows(plan: FleetPlan) -> Iterator[list[str]]:
 
 def _step(plan: FleetPlan, group: GroupPlan, node: str, job: str) -> Iterator[str]:
     cpus, gpus = group.cpus_per_step[node], group.gpus_per_step[node]
-    yield f"{group.id} on {node}: {cpus} CPUs" + (f", sees all {gpus} GPUs of the node" if gpus else "")
-    yield f"    {_mark(group, node)}"
     srun = _srun(plan, group, node, job)
+    yield f"{group.id} on {node}: {cpus} CPUs" + (f", sees all {gpus} GPUs of the node" if srun and gpus else "")
+    yield f"    {_mark(group, node)}"
     if srun is not None:
         yield f"    {_shell(srun)}"
     for m in group.on(node):

@@ -207,11 +207,6 @@ def render(
     return "\n".join(lines)
 
 
-def member(rank: int | None, node: str) -> str:
-    """Return `rank@node`, or the half of it that is known."""
-    return "@".join(str(part) for part in (rank, node or None) if part is not None)
-
-
 def _head(document: dict[str, Any], age_s: float, verdict: str) -> list[str]:
     at = document["at"]
     again = f" (restart {document['restart_count']})" if document["restart_count"] else ""
@@ -242,7 +237,7 @@ def _head(document: dict[str, Any], age_s: float, verdict: str) -> list[str]:
 
 
 def _failure_row(group: str, failure: dict[str, Any], at: float) -> tuple[object, ...]:
-    who = member(failure["rank"], failure["node"])
+    who = "@".join(str(part) for part in (failure["rank"], failure["node"] or None) if part is not None)
     ago = duration(at - failure["at"])
     return group, ago, failure["incarnation"], who, failure["reason"], failure["message"]
 

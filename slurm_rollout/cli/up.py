@@ -52,18 +52,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--run-dir", metavar="D", help="default: rollout-runs/<job> in the submit directory")
     parser.add_argument("--backend", choices=("slurm", "local"), default="slurm", help="default: slurm")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="instead of what the allocation says")
-    parser.add_argument("trainer", nargs=argparse.REMAINDER, metavar="-- TRAINER", help="command and arguments")
     parser.set_defaults(run=run_up)
 
 
 def run_up(args: argparse.Namespace) -> int:
-    trainer = args.trainer[1:] if args.trainer[:1] == ["--"] else args.trainer
-    if args.trainer and not trainer:
+    trainer = args.after_dashes[1:]
+    if args.after_dashes and not trainer:
         raise UsageError("no trainer after `--`: name its command, or leave the `--` out. Nothing was started")
-    if args.trainer and args.trainer[0] != "--":
-        raise UsageError(
-            f"{args.trainer[0]!r} is not understood: options come before SPEC's `--`, the trainer after it"
-        )
     # Heavy ones only here: the other commands must stay light.
     from slurm_rollout import allocation, spec, store
     from slurm_rollout.supervisor import Supervisor, Term, drain_bound_s
@@ -74,7 +69,7 @@ def run_up(args: argparse.Namespace) -> int:
         where = allocation.local(wanted)
     else:
         where = allocation.from_slurm(os.environ, gpus_per_node=args.gpus_per_node)
-    plan, warnings = spec.build_plan(wanted, where, backend=args.backend, port_range=allocation.local_port_range())
+    plan, warnings = spec.build_plan(wanted, where, backend=args.backend, port_range=allocation.outgoing_ports())
     for warning in warnings:
         log.warning("warning: %s", warning)
     _warn_unless_exec()
@@ -109,8 +104,8 @@ def _warn_unless_exec() -> None:
         return
     if b"slurm_script" in parent:
         log.warning(
-            "warning: this is not the batch script's own process. TERM, the time limit and preemption will not reach it: "
-            "write `exec slurm-rollout up …` as the script's last line"
+            "warning: this is not the batch script's own process. TERM, the time limit and preemption will not "
+            "reach it: write `exec slurm-rollout up …` as the script's last line"
         )
 
 

@@ -6,6 +6,7 @@ addresses come from the allocation afterwards.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,8 +37,8 @@ def shape(pool: PoolRequest, gpus_per_node: int) -> Shape:
     per_node = f"{gpus_per_node} GPUs per node"
     if pool.gpus and not gpus_per_node:
         raise SpecError(
-            f"pool {pool.name} needs {pool.gpus} GPUs for each group, and no GPUs are known in the allocation. Ask "
-            "Slurm for them (--gres=gpu:8 or --gpus-per-node=8), or say how many a node has: nodes.gpus_per_node in the spec"
+            f"pool {pool.name} needs {pool.gpus} GPUs for each group, and no GPUs are known in the allocation: ask "
+            "Slurm for them (--gres=gpu:8 or --gpus-per-node=8), or set nodes.gpus_per_node in the spec"
         )
     if pool.nodes is not None:
         total = pool.nodes * gpus_per_node if pool.gpus is None else pool.gpus
@@ -179,52 +180,46 @@ def place(
     """
     # Virtual nodes were made for this request: what it says about real ones does not apply.
     fleet = allocation.nodes if backend == "local" else fleet_nodes(request, allocation)
-    used = fleet[: len(fleet) - request.spares]
-    trainer = tuple(n for n in allocation.nodes if n not in fleet)
+    usable = fleet[: len(fleet) - request.spares]
+    trainer = tuple(n for n in allocation.nodes if n not in set(fleet))
     gpus_per_node = request.gpus_per_node
     if gpus_per_node is None:
         gpus_per_node = min(allocation.gpus[n] for n in fleet)
     seats = layout(request.pools, gpus_per_node)
-    _check_enough(request, seats, used)
-
-    groups_on: dict[int, int] = {}
-    for group_seats in (g for pool in seats for g in pool):
-        for seat in group_seats:
-            groups_on[seat.node] = groups_on.get(seat.node, 0) + 1
+    _check_enough(request, seats, usable)
     drafts = [
-        _draft(pool, index, group_seats, used, allocation)
+        _draft(pool, index, group_seats, usable, allocation)
         for pool, pool_seats in zip(request.pools, seats, strict=True)
         for index, group_seats in enumerate(pool_seats)
     ]
     demands = [demand for draft in drafts for demand in draft.demands]
     ports = assign(demands)
     remaining = iter(ports)
-    groups = []
-    for draft in drafts:
-        members = _members(draft, [next(remaining) for _ in draft.places], allocation)
-        cpus = {}
-        for seat in draft.seats:
-            total = allocation.cpus[used[seat.node]]
-            alone = groups_on[seat.node] == 1
-            cpus[used[seat.node]] = total if alone else max(1, total * len(seat.gpus) // gpus_per_node)
-        groups.append(
-            GroupPlan(
-                id=draft.id,
-                pool=draft.pool.name,
-                members=members,
-                addresses={node: allocation.addresses[node] for node in cpus},
-                cpus_per_step=cpus,
-                gpus_per_step={used[s.node]: gpus_per_node if s.gpus else 0 for s in draft.seats},
-                # A trainer on the same nodes, or another virtual node, may hold memory of the same GPU.
-                unshared_gpus=bool(trainer) and backend != "local" and any(s.gpus for s in draft.seats),
-            )
+    groups_on = Counter(node for draft in drafts for node in draft.gpus)
+    groups = [
+        GroupPlan(
+            id=draft.id,
+            pool=draft.pool.name,
+            members=_members(draft, [next(remaining) for _ in draft.places], allocation),
+            addresses={node: allocation.addresses[node] for node in draft.gpus},
+            cpus_per_step={
+                node: allocation.cpus[node]
+                if groups_on[node] == 1
+                else max(1, allocation.cpus[node] * gpus // gpus_per_node)
+                for node, gpus in draft.gpus.items()
+            },
+            gpus_per_step={node: gpus_per_node if gpus else 0 for node, gpus in draft.gpus.items()},
+            # A trainer on the same nodes (or, in a rehearsal, another virtual node) may hold memory of the same GPU.
+            unshared_gpus=bool(trainer) and any(draft.gpus.values()),
         )
+        for draft in drafts
+    ]
     plan = FleetPlan(
         name=request.name,
         backend=backend,
         pools=tuple(_pool_plan(p, tuple(g for g in groups if g.pool == p.name)) for p in request.pools),
         nodes=fleet,
-        spares=fleet[len(used) :],
+        spares=fleet[len(usable) :],
         trainer_nodes=trainer or allocation.nodes,
         het_group=allocation.het_groups.get(fleet[0]),
         slurm=request.slurm,
@@ -245,7 +240,7 @@ class _Draft:
 
     id: str
     pool: PoolRequest
-    seats: tuple[Seat, ...]
+    gpus: Mapping[str, int]  # node -> how many of its GPUs are the group's
     places: tuple[tuple[str, int, tuple[int, ...]], ...]  # node, local rank, GPUs; by rank
     demands: tuple[PortDemand, ...]
 
@@ -271,7 +266,8 @@ def _draft(
         )
         for rank, (node, _, _) in enumerate(places)
     )
-    return _Draft(id=group, pool=pool, seats=seats, places=tuple(places), demands=demands)
+    gpus_on = {nodes[seat.node]: len(seat.gpus) for seat in seats}
+    return _Draft(id=group, pool=pool, gpus=gpus_on, places=tuple(places), demands=demands)
 
 
 def _members(draft: _Draft, ports: Sequence[Mapping[str, int]], allocation: Allocation) -> tuple[Member, ...]:
@@ -323,6 +319,12 @@ def _pool_plan(pool: PoolRequest, groups: tuple[GroupPlan, ...]) -> PoolPlan:
 
 def _warnings(request: FleetRequest, plan: FleetPlan, allocation: Allocation) -> list[str]:
     found = []
+    busy = {node for group in plan.groups for node in group.nodes}
+    if idle := [n for n in plan.nodes if n not in busy and n not in plan.spares]:
+        found.append(
+            f"{fold(idle)}: in the fleet, but in no group and no spare. Name fewer nodes in [nodes] "
+            f"(nodes.count = {len(plan.nodes) - len(idle)} is enough), and the trainer gets the rest"
+        )
     for pool in request.pools:
         nodes = dict.fromkeys(n for g in plan.pool(pool.name).groups for n in g.nodes)
         unknown = [n for n in nodes if n not in allocation.ips]

@@ -1,13 +1,15 @@
 """What everybody may know of a run: the content of `status.json`. Pure.
 
 The file is world-readable, because on a root-squashed file system an admin sees nothing else. So no URL, argument,
-environment or log line is in it; times are Unix seconds.
+environment or log line is in it; times are Unix seconds. And the one-line form of an event, for its owner.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from slurm_rollout.core.model import Failure, GroupState, RunState
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason
@@ -90,6 +92,27 @@ def status_document(
         "spares": list(plan.spares),
         "trainer_nodes": list(plan.trainer_nodes),
     }
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """Return an event of `events.<term>.jsonl` in one line, without its time: group.incarnation, type, reason,
+    rank@node, message, times taken."""
+    group = event.get("group") or ""
+    who = f"{group}.{event.get('incarnation', 0)}" if group else "-"
+    words = [
+        f"{who:<12}",
+        f"{event.get('type') or '?':<10}",
+        event.get("reason") or "",
+        "@".join(str(part) for part in (event.get("rank"), event.get("node") or None) if part is not None),
+        " ".join(str(event.get("message") or "").split()),
+    ]
+    data = event.get("data")
+    if isinstance(data, Mapping):
+        peers = data.get("restarted_peers")
+        if isinstance(peers, list | tuple) and peers:
+            words.append(f"(restarts healthy ranks {','.join(map(str, peers))})")
+        words += [f"{key.removesuffix('_s')} {value} s" for key, value in data.items() if key.endswith("_s")]
+    return " ".join(str(word) for word in words if word).rstrip()
 
 
 def _group(plan: FleetPlan, state: RunState, g: GroupState, *, now: float, wall: float) -> dict[str, object]:

@@ -137,6 +137,7 @@ class SlurmCluster:
         self.conf_lines = tuple(conf_lines)
         self.user = USER
         self._hosts: dict[str, _Host] = {}
+        self._were_cut: set[str] = set()
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
@@ -201,6 +202,7 @@ class SlurmCluster:
         for host in self._hosts.values():
             host.process.communicate(timeout=30)
         self._hosts.clear()
+        self._were_cut.clear()
         if self._lock is not None:
             _remove(self.uid)
             os.close(self._lock)
@@ -253,9 +255,9 @@ class SlurmCluster:
             for index, node in enumerate(self.nodes, 1)
         ]
         nodes_and_more = "\n".join([*nodes, *self.conf_lines])
-        # config_overrides: else a node with more CPUs than this machine is INVAL. SchedulerParameters: a batch job starts
-        # within a second, not three (22.05; the first one of a controller is late all the same), a heterogeneous one,
-        # which only the backfill scheduler starts, too.
+        # config_overrides: else a node with more CPUs than this machine is INVAL. SchedulerParameters: a batch job
+        # starts within a second, not three (22.05; the first one of a controller is late all the same); so does a
+        # heterogeneous one, which only the backfill scheduler starts.
         return f"""\
 ClusterName=rehearsal
 SlurmctldHost={CONTROLLER}({NETWORK}.254)
@@ -457,23 +459,26 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE Sta
     # Faults
 
     def cut(self, node: str) -> None:
-        """Take the node off the network, as a loss of power looks from elsewhere; what runs on it goes on."""
+        """Take the node off the network: from elsewhere it looks like a loss of power, but what runs on it goes on."""
         self._ip(node, "link set eth0 down")
+        self._were_cut.add(node)
 
     def join(self, node: str) -> None:
-        """Bring it back."""
+        """Bring it back. If Slurm had given it up, it returns when Slurm next looks (after 15 to 90 s, 22.05), and only
+        then what had survived there is killed."""
         self._ip(node, "link set eth0 up")
 
     def freeze_controller(self) -> None:
-        """Stop slurmctld (SIGSTOP): it accepts connections and never answers."""
-        self._signal_controller("STOP")
+        """SIGSTOP slurmctld: it accepts connections and never answers. Running jobs go on."""
+        self._signal(CONTROLLER, "slurmctld", "STOP")
 
     def thaw_controller(self) -> None:
-        self._signal_controller("CONT")
+        """SIGCONT slurmctld."""
+        self._signal(CONTROLLER, "slurmctld", "CONT")
 
     def stop_controller(self, timeout_s: float = 30) -> None:
         """End slurmctld, its state saved: connections are refused. Running jobs go on."""
-        self._signal_controller("TERM")
+        self._signal(CONTROLLER, "slurmctld", "TERM")
         wait_until("slurmctld ended", lambda: self._daemon_pid(CONTROLLER, "slurmctld") is None, timeout_s)
 
     def start_controller(self) -> None:
@@ -481,20 +486,23 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE Sta
         self._daemon(CONTROLLER, "slurmctld", "-f", str(self.conf))
         self._wait_controller()
 
-    def _signal_controller(self, name: str) -> None:
-        pid = self._daemon_pid(CONTROLLER, "slurmctld")
-        if pid is None:
-            raise SlurmClusterError("slurmctld does not run")
-        self.run(["sh", "-c", f"kill -{name} {pid}"], user=False)
-
     def heal(self) -> None:
-        """Undo every fault above."""
+        """Undo every fault above, and have Slurm see at once that the nodes are back."""
         if self._daemon_pid(CONTROLLER, "slurmctld"):
             self.thaw_controller()
         else:
             self.start_controller()
-        for node in self.nodes:
+        for node in self._were_cut:
             self.join(node)
+            # slurmd then registers again.
+            self._signal(node, "slurmd", "HUP")
+        self._were_cut.clear()
+
+    def _signal(self, host: str, program: str, name: str) -> None:
+        pid = self._daemon_pid(host, program)
+        if pid is None:
+            raise SlurmClusterError(f"{program} does not run on {host}\n{_tail(self.logs / f'{program}.{host}.log')}")
+        self.in_node(host, ["sh", "-c", f"kill -{name} {pid}"], user=False)
 
     # Processes
 

@@ -2,13 +2,19 @@
 
 `World` feeds `decide` and performs its actions at once: a launched step runs, a stopped one ends. What a test wants
 to go otherwise it says (`world.deaf`, `world.kill`, `world.blind`). No clock, no process, no file.
+
+What is observed and what is true are two things here: `steps` holds what the coordinator can see, `living` tells what
+really lives. `orphans` are the difference: steps that live on although their srun is gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
+from slurm_rollout.core import codec
 from slurm_rollout.core.decide import decide
 from slurm_rollout.core.model import (
     Cancel,
@@ -46,18 +52,26 @@ from slurm_rollout.core.plan import (
 )
 
 
+A = TypeVar("A", Launch, Go, Stop, Cancel)
+
+Key = tuple[str, int, str, bool]
+"""One step: group, incarnation, node, whether it is a sweep."""
+
+
 def make_plan(
     groups: int = 2,
     nodes_per_group: int = 2,
     *,
+    pool: str = "actor",
     min_ready: int = 1,
     entrypoints: str = "all",
+    named_ports: tuple[str, ...] = (),
     probe: ProbePolicy | None = None,
     restart: RestartPolicy | None = None,
     stop: StopPolicy | None = None,
     fence: FencePolicy | None = None,
 ) -> FleetPlan:
-    """Return a plan of one pool `actor`: a member a node, nodes n0, n1, …"""
+    """Return a plan of one pool: a member a node, nodes n0, n1, …"""
     made = []
     for index in range(groups):
         nodes = [f"n{index * nodes_per_group + i}" for i in range(nodes_per_group)]
@@ -67,7 +81,7 @@ def make_plan(
                 node=node,
                 local_rank=0,
                 gpus=(),
-                ports={"http": 18000, "master": 18001},
+                ports={"http": 18000, "master": 18001} | {name: 18002 + i for i, name in enumerate(named_ports)},
                 entrypoint=entrypoints == "all" or rank == 0,
                 url=f"http://{node}:18000",
                 argv=("engine",),
@@ -77,8 +91,8 @@ def make_plan(
         )
         made.append(
             GroupPlan(
-                id=f"actor/{index}",
-                pool="actor",
+                id=f"{pool}/{index}",
+                pool=pool,
                 members=members,
                 addresses={n: n for n in nodes},
                 cpus_per_step=dict.fromkeys(nodes, 1),
@@ -86,13 +100,13 @@ def make_plan(
                 unshared_gpus=True,
             )
         )
-    pool = PoolPlan(
-        name="actor",
+    planned = PoolPlan(
+        name=pool,
         groups=tuple(made),
         min_ready=min_ready,
         weights="frozen",
         engine="command",
-        named_ports=(),
+        named_ports=named_ports,
         env=Environment(),
         probe=probe or ProbePolicy(request=ProbeRequest()),
         restart=restart or RestartPolicy(),
@@ -102,7 +116,7 @@ def make_plan(
     return FleetPlan(
         name="run",
         backend="slurm",
-        pools=(pool,),
+        pools=(planned,),
         nodes=tuple(n for g in made for n in g.nodes),
         spares=(),
         trainer_nodes=(),
@@ -117,18 +131,21 @@ class World:
     plan: FleetPlan
     state: RunState = field(init=False)
     now: float = 1000.0
-    steps: dict[tuple[str, int, str, bool], StepObservation] = field(default_factory=dict)
+    steps: dict[Key, StepObservation] = field(default_factory=dict)
     endpoints: dict[tuple[str, int, int], Endpoint] = field(default_factory=dict)
-    ports_open: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
+    ports_open: dict[str, tuple[str, ...] | None] = field(default_factory=dict)  # by group; None: not looked at yet
     listing: Listing | None = None
     listing_failed_at: float | None = None
     job: Job = Job.UNKNOWN
     job_asked_at: float | None = None
     requests: list[Request] = field(default_factory=list)
     stop_signal: bool = False
-    blind: bool = False
+    blind: bool = False  # Slurm does not answer
     deaf: set[str] = field(default_factory=set)  # nodes whose agents do not hear signals
+    undying: set[str] = field(default_factory=set)  # nodes where not even Slurm ends a step; its srun ends all the same
+    orphans: set[Key] = field(default_factory=set)
     decisions: list[Decision] = field(default_factory=list)
+    launched: int = 0
 
     def __post_init__(self) -> None:
         self.state = RunState(
@@ -143,7 +160,7 @@ class World:
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def observe(self) -> Observation:
-        """Return the world as it is now."""
+        """Return the world as the coordinator sees it now."""
         return Observation(
             now=self.now,
             wall=1.7e9 + self.now,
@@ -151,7 +168,7 @@ class World:
                 GroupObservation(
                     id=g.id,
                     incarnation=g.incarnation,
-                    steps=tuple(s for k, s in self.steps.items() if k[:2] == (g.id, g.incarnation) and k[2:] in _of(g)),
+                    steps=tuple(self.steps[k] for k in self._watched(g)),
                     endpoints=tuple(e for k, e in self.endpoints.items() if k[:2] == (g.id, g.incarnation)),
                     ports_open=self.ports_open.get(g.id, ()) if g.phase is Phase.FENCING else None,
                 )
@@ -165,53 +182,131 @@ class World:
             stop_signal=self.stop_signal,
         )
 
-    def tick(self, after_s: float = 0.01) -> Decision:
-        """Let time pass, decide once, and do what was decided."""
+    def _watched(self, g: GroupState) -> list[Key]:
+        """The steps of the state, and those whose srun lingers after their agent's last word."""
+        wanted = {(s.node, s.sweep) for s in g.steps}
+        return [
+            k
+            for k, s in self.steps.items()
+            if k[:2] == (g.id, g.incarnation) and (k[2:] in wanted or s.process is Process.RUNNING)
+        ]
+
+    def tick(self, after_s: float = 0.01, *, act: bool = True) -> Decision:
+        """Let time pass, decide once, and do what was decided; without `act` the coordinator dies before it acts."""
         self.now += after_s
         decision = decide(self.plan, self.state, self.observe())
         self.requests.clear()
         self.state = decision.state
         self.decisions.append(decision)
+        if not act:
+            return decision
         for action in decision.actions:
-            match action:
-                case Launch():
-                    self._launch(action)
-                case Stop():
-                    self._stop(action.group, action.incarnation, [n for n in action.nodes if n not in self.deaf])
-                case Cancel():
-                    self._stop(action.group, action.incarnation, action.nodes)
-                case Go():
-                    for node in action.nodes:
-                        if node not in self.deaf:
-                            ranks = tuple(m.rank for m in self.plan.group(action.group).on(node))
-                            self.change(action.group, node, started=ranks, listening=ranks)
-        if not self.blind:
+            for node in action.nodes:
+                self._perform(action, node)
+        if self.blind:
+            if decision.wants.listing or decision.wants.job:
+                self.listing_failed_at = self.now
+        else:
             if decision.wants.listing:
                 self.list()
             if decision.wants.job:
                 self.ask_job(self.job if self.job is not Job.UNKNOWN else Job.RUNNING)
-        elif decision.wants.listing or decision.wants.job:
-            self.listing_failed_at = self.now
         return decision
 
-    def run_until(self, done: object, *, ticks: int = 200, after_s: float = 0.01) -> None:
-        """Tick until `done` is true (a callable), or fail."""
-        assert callable(done)
+    def _perform(self, action: Launch | Go | Stop | Cancel, node: str) -> None:
+        if isinstance(action, Launch):
+            self.launched += 1
+            pid = 100 + self.launched
+            self.steps[action.group, action.incarnation, node, action.sweep] = StepObservation(
+                node=node, sweep=action.sweep, process=Process.RUNNING, pid=pid, pid_started=pid
+            )
+            return
+        for sweep in (False, True):
+            key = (action.group, action.incarnation, node, sweep)
+            step = self.steps.get(key)
+            if step is None or step.exit is not None:
+                continue
+            if isinstance(action, Cancel):
+                self._cancel(key, step)
+            elif step.process is not Process.RUNNING or node in self.deaf:
+                continue
+            elif isinstance(action, Stop):
+                record = ExitRecord(cause="stopped", message="as asked")
+                self.steps[key] = replace(step, exit=record, process=Process.EXITED, exited_at=self.now, exit_code=0)
+            elif not sweep:
+                ranks = tuple(m.rank for m in self.plan.group(action.group).on(node))
+                self.steps[key] = replace(step, started=ranks, listening=ranks)
+
+    def _cancel(self, key: Key, step: StepObservation) -> None:
+        """Slurm kills at once: no last word of the agent."""
+        if key[2] not in self.undying:
+            self.orphans.discard(key)
+        elif step.process is Process.RUNNING:
+            self.orphans.add(key)
+        if step.process is Process.RUNNING:
+            self.steps[key] = replace(step, process=Process.EXITED, exited_at=self.now, exit_code=137)
+
+    def restart(self) -> None:
+        """A new coordinator: the state as it was journalled, and of the steps only what a newcomer can find."""
+        journal = json.loads(json.dumps(codec.encode(self.state)))
+        state = codec.decode(RunState, journal)
+        self.state = replace(state, term=state.term + 1, blind_since=None, suspect_self_since=None)
+        self.endpoints.clear()
+        self.listing, self.listing_failed_at = None, None
+        self.job, self.job_asked_at = Job.UNKNOWN, None
+        for g in self.state.groups:
+            for known in g.steps:
+                key = (g.id, g.incarnation, known.node, known.sweep)
+                step = self.steps.get(key, StepObservation(node=known.node, sweep=known.sweep))
+                if step.process is not Process.RUNNING:
+                    found = Process.EXITED if known.pid is not None else Process.UNKNOWN
+                    step = replace(step, process=found, pid=known.pid, exited_at=self.now)
+                self.steps[key] = step
+
+    def run_until(self, done: Callable[[], bool], *, ticks: int = 200, after_s: float = 0.01) -> None:
+        """Tick until `done`, or fail."""
         for _ in range(ticks):
             if done():
                 return
             self.tick(after_s)
         raise AssertionError(f"not reached: {[(g.id, g.phase.value, g.message) for g in self.state.groups]}")
 
+    def heal(self, done: Callable[[], bool], *, ticks: int = 200) -> None:
+        """Let healthy agents and engines work until `done`. Time passes only to the next moment that `decide` named."""
+        for _ in range(ticks):
+            if done():
+                return
+            decision = self.tick()
+            asked = decision.actions or decision.wants.listing or decision.wants.job
+            if not self.settle() and not asked and decision.wake_at is not None:
+                self.now = max(self.now, decision.wake_at)
+        raise AssertionError(f"not reached: {[(g.id, g.phase.value, g.message) for g in self.state.groups]}")
+
+    def settle(self) -> bool:
+        """Every healthy agent and engine does its next thing; tell whether any had something to do."""
+        before = dict(self.steps), dict(self.endpoints)
+        for g in self.state.groups:
+            keys = self._watched(g)
+            for key in keys:
+                step = self.steps[key]
+                if step.process is not Process.RUNNING or step.exit is not None or step.node in self.deaf:
+                    continue
+                if step.sweep:
+                    record = ExitRecord(cause="swept", message="")
+                    step = replace(step, exit=record, process=Process.EXITED, exited_at=self.now, exit_code=0)
+                else:
+                    step = replace(step, spoke=True, fenced=True, waiting_for="")
+                self.steps[key] = step
+            if keys and all(self.steps[k].started is not None for k in keys):
+                for member in self.plan.group(g.id).entrypoints:
+                    self.endpoints[g.id, g.incarnation, member.rank] = Endpoint(rank=member.rank, proved=True)
+        return before != (self.steps, self.endpoints)
+
     def make_ready(self) -> None:
         """Bring every group up: agents fence, engines start, probes succeed."""
-        self.run_until(lambda: self.phases() == {Phase.STARTING})
-        for group in self.plan.groups:
-            self.fence(group.id)
-        self.tick()
-        for group in self.plan.groups:
-            self.prove(group.id)
-        self.run_until(lambda: self.phases() == {Phase.READY})
+        self.heal(lambda: self.phases() == {Phase.READY})
+
+    # ------------------------------------------------------------------------------------------------------ what is so
 
     def phases(self) -> set[Phase]:
         return {g.phase for g in self.state.groups}
@@ -219,20 +314,31 @@ class World:
     def group(self, index: int = 0) -> GroupState:
         return self.state.groups[index]
 
+    def living(self, group: str) -> set[int]:
+        """Return the incarnations of which a step really lives, whatever was observed of it."""
+        return {
+            k[1]
+            for k, s in self.steps.items()
+            if k[0] == group and (k in self.orphans or (s.process is Process.RUNNING and s.exit is None))
+        }
+
     def events(self, type_: str = "") -> list[Event]:
         """Return every event so far, or those of one type."""
         return [e for d in self.decisions for e in d.events if not type_ or e.type == type_]
 
-    def actions(self, kind: type) -> list[object]:
+    def actions(self, kind: type[A]) -> list[A]:
         """Return every action of one kind so far."""
         return [a for d in self.decisions for a in d.actions if isinstance(a, kind)]
 
-    # ------------------------------------------------------------------------------------------------- what agents do
+    # ------------------------------------------------------------------------------------------------- what is done to it
 
     def change(self, group: str, node: str, *, sweep: bool = False, **facts: object) -> None:
         """Change what is observed of a step of the current incarnation."""
-        key = (group, self.state.group(group).incarnation, node, sweep)
+        key = self._key(group, node, sweep=sweep)
         self.steps[key] = replace(self.steps[key], **facts)  # type: ignore[arg-type]  # any field of the observation
+
+    def _key(self, group: str, node: str, *, sweep: bool = False) -> Key:
+        return group, self.state.group(group).incarnation, node, sweep
 
     def fence(self, group: str) -> None:
         """Every agent of the group reports its node fenced."""
@@ -255,18 +361,27 @@ class World:
         record = ExitRecord(cause="engine_exited", message=f"exit code {code}", rank=rank, code=code)
         self.change(group, node, exit=record, process=Process.EXITED, exited_at=self.now, exit_code=80)
 
-    def vanish(self, group: str, node: str, code: int = 1) -> None:
-        """srun ends and the agent left no word: nobody knows whether the step lives."""
-        self.change(group, node, process=Process.EXITED, exited_at=self.now, exit_code=code)
+    def vanish(self, group: str, node: str, *, sweep: bool = False, lives: bool = False, **facts: object) -> None:
+        """srun ends and the agent left no word; with `lives` the step goes on all the same."""
+        facts = {"exit_code": 1} | facts
+        self.change(group, node, sweep=sweep, process=Process.EXITED, exited_at=self.now, **facts)
+        if lives:
+            self.orphans.add(self._key(group, node, sweep=sweep))
 
-    def list(self, *also: str) -> None:
-        """Slurm answers which steps live: those whose srun runs, and `also` these names."""
-        names = {
-            step_name(self.plan, g, n, node, sweep=sweep)
-            for (g, n, node, sweep), s in self.steps.items()
-            if s.process is Process.RUNNING and s.exit is None
+    def look(self) -> Listing:
+        """Return what Slurm would answer now to the question which steps live."""
+        living = {
+            k: s for k, s in self.steps.items() if k in self.orphans or (s.process is Process.RUNNING and not s.exit)
         }
-        self.listing = Listing(asked_at=self.now, names=frozenset(names | set(also)), pids=frozenset())
+        return Listing(
+            asked_at=self.now,
+            names=frozenset(step_name(self.plan, g, n, node, sweep=sweep) for g, n, node, sweep in living),
+            pids=frozenset(s.pid for s in living.values() if s.pid is not None),
+        )
+
+    def list(self) -> None:
+        """Slurm answers which steps live."""
+        self.listing = self.look()
 
     def ask_job(self, job: Job) -> None:
         """Slurm answers what the job's state is."""
@@ -275,27 +390,3 @@ class World:
     def ask(self, verb: str, *groups: str) -> None:
         """An operator's request."""
         self.requests.append(Request(id=f"{verb}-{len(self.decisions)}", verb=verb, groups=groups, who="me"))
-
-    def _launch(self, action: Launch) -> None:
-        for node in action.nodes:
-            pid = 100 + len(self.steps)
-            self.steps[action.group, action.incarnation, node, action.sweep] = StepObservation(
-                node=node, sweep=action.sweep, process=Process.RUNNING, pid=pid, pid_started=pid
-            )
-
-    def _stop(self, group: str, incarnation: int, nodes: Iterable[str]) -> None:
-        for node in nodes:
-            for sweep in (False, True):
-                key = (group, incarnation, node, sweep)
-                if key in self.steps and self.steps[key].exit is None:
-                    self.steps[key] = replace(
-                        self.steps[key],
-                        exit=ExitRecord(cause="stopped", message="as asked"),
-                        process=Process.EXITED,
-                        exited_at=self.now,
-                        exit_code=0,
-                    )
-
-
-def _of(g: GroupState) -> set[tuple[str, bool]]:
-    return {(s.node, s.sweep) for s in g.steps}

@@ -1,7 +1,7 @@
 """Real Slurm for every test of this directory; without it they are skipped, or fail if ROLLOUT_REQUIRE_SLURM=1."""
 
+import contextlib
 import os
-import subprocess
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def cluster(request: pytest.FixtureRequest, clusters: list[SlurmCluster]) -> Ite
 
 def show_logs(cluster: SlurmCluster) -> None:
     for log in sorted([*cluster.logs.glob("slurm*.log"), *cluster.home.rglob("*.out")]):
-        print(f"---- {log}", *log.read_text(errors="replace").splitlines()[-30:], sep="\n")
+        print(f"---- {log}", *log.read_text(errors="replace").splitlines()[-15:], sep="\n")
 
 
 def expect_no_process_left(cluster: SlurmCluster, timeout_s: float = 30) -> None:
@@ -71,6 +71,11 @@ def expect_no_process_left(cluster: SlurmCluster, timeout_s: float = 30) -> None
         cluster.run(["scancel", f"--user={cluster.user}"])
         wait_until("no process of the user is left", lambda: not cluster.user_pids(), timeout_s)
     except (SlurmClusterError, TimeoutError) as error:
-        pids = ",".join(map(str, cluster.user_pids()))
-        left = subprocess.run(["ps", "-o", "pid,ppid,stat,etimes,args", "-p", pids], capture_output=True, text=True)
-        pytest.fail(f"after scancel: {error}\n{left.stdout}", pytrace=False)
+        left = "\n".join(f"{pid} {command_line(pid)}" for pid in cluster.user_pids())
+        pytest.fail(f"after scancel: {error}\n{left}", pytrace=False)
+
+
+def command_line(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return "(has ended)"

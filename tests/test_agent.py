@@ -1,0 +1,771 @@
+"""The agent's life with real processes: orders, go, engines, logs, local probe, stop, exit record."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm_rollout import agent as module
+from tests.agent_harness import (
+    AGENT,
+    LISTEN,
+    ORPHAN,
+    Agent,
+    Json,
+    Node,
+    alive,
+    free_port,
+    interpreters,
+    member,
+    occupied,
+    pid_in,
+    python,
+    server,
+    until,
+)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    made = Node(tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+
+
+def test_one_file_of_the_standard_library_in_the_syntax_of_3_9() -> None:
+    tree = ast.parse(AGENT.read_text(), feature_version=(3, 9))
+    imported = {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    imported |= {n.module or "." for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
+    at_the_top = {alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names}
+    slow = {"subprocess", "threading", "http.client", "ctypes", "typing", "argparse", "logging", "dataclasses"}
+    assert not at_the_top & slow
+
+
+def test_it_explains_itself_where_it_is_installed_alone() -> None:
+    said = subprocess.run(
+        [AGENT.parent.parent / "sbin" / "slurm-rollout-agent", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "command of every step" in said.stdout
+    wrong = subprocess.run([sys.executable, AGENT, "--halp"], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stdout) == (86, "")
+    assert "ROLLOUT_STEP" in wrong.stderr
+
+
+def test_no_status_that_means_something_to_slurm() -> None:
+    assert not {108, 137, 143, 253} & set(module.STATUS.values())
+
+
+# -------------------------------------------------------------------------------------------------------------- orders
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not set"),
+        ("{", "ROLLOUT_STEP"),
+        ("[]", "ROLLOUT_STEP"),
+        ("{}", "version"),
+        ('{"version": 2, "mode": "serve"}', "releases"),
+    ],
+)
+def test_orders_that_make_no_sense(node: Node, text: str, words: str) -> None:
+    agent = node.agent(environ={"ROLLOUT_STEP": text})
+    assert words in agent.ended("bad_config", 86)["message"]
+    assert agent.reports[0]["report"] == "hello"
+
+
+@pytest.mark.parametrize("key", ["members", "fence", "stop", "log", "run_id", "setup"])
+def test_a_missing_key_is_named(node: Node, key: str) -> None:
+    orders = node.orders(member())
+    del orders[key]
+    agent = node.agent(environ={"ROLLOUT_STEP": json.dumps(orders)})
+    assert key in agent.ended("bad_config", 86)["message"]
+
+
+def test_a_name_that_leaves_the_state_directory_is_refused(node: Node) -> None:
+    node.agent(member(), node="..").ended("bad_config", 86)
+    node.agent(member(), node="../../etc").ended("bad_config", 86)
+
+
+def test_hello_says_who_it_is(node: Node) -> None:
+    agent = node.agent(member(), environ={"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "3"})
+    assert agent.saw("hello") == {"report": "hello", "pid": agent.pid, "step": "77.3", "host": os.uname().nodename}
+    outside = node.agent(member(), group="actor/1")
+    assert outside.saw("hello")["step"] == ""
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+def test_an_equal_or_newer_claim_ends_it(node: Node) -> None:
+    first = node.agent(member(), incarnation=2)
+    first.saw("fenced")
+    assert "incarnation 2" in node.agent(member(), incarnation=2).ended("other_incarnation", 84)["message"]
+    assert "incarnation 2" in node.agent(member(), incarnation=1).ended("other_incarnation", 84)["message"]
+    assert first.pid in node.listed(2)
+    # Other groups and other nodes have claims of their own.
+    node.agent(member(), incarnation=2, group="actor/1").saw("fenced")
+    node.agent(member(), incarnation=2, node="n2").saw("fenced")
+    first.stop()
+    # A claim lasts longer than its agent; a process list does not.
+    node.agent(member(), incarnation=2).ended("other_incarnation", 84)
+    assert not node.listed(2)
+
+
+@pytest.mark.parametrize("trouble", ["link", "file", "open to others", "not ours"])
+def test_a_state_directory_that_others_control_is_refused(node: Node, tmp_path: Path, trouble: str) -> None:
+    if trouble == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        node.state_dir.symlink_to(tmp_path / "elsewhere")
+    elif trouble == "file":
+        node.state_dir.touch()
+    elif trouble == "open to others":
+        node.state_dir.mkdir()
+        node.state_dir.chmod(0o777)
+    elif os.getuid() == 0:
+        node.state_dir.mkdir(mode=0o700)
+        os.chown(node.state_dir, 12345, 12345)
+    else:
+        node.state_dir = Path("/root") if Path("/root").exists() else Path("/")
+    assert "state directory" in node.agent(member()).ended("bad_config", 86)["message"]
+
+
+# ------------------------------------------------------------------------------------------------------ a life, go, stop
+
+
+@pytest.mark.parametrize("interpreter", interpreters())
+def test_a_whole_life(node: Node, tmp_path: Path, interpreter: str) -> None:
+    port = free_port()
+    log = tmp_path / "logs" / "actor" / "1" / "0.log"
+    show = (
+        "import json, os, resource, sys\n"
+        "print(json.dumps(dict(env=dict(os.environ), core=resource.getrlimit(resource.RLIMIT_CORE)[0],"
+        " stdin=os.readlink('/proc/self/fd/0'), group=os.getpgid(0), fds=sorted(os.listdir('/proc/self/fd')),"
+        " blocked=[l for l in open('/proc/self/status') if l.startswith(('SigBlk', 'SigIgn'))])), flush=True)\n"
+        "print('to stderr', file=sys.stderr, flush=True)\n"
+    )
+    probe = probing(period_s=0.05)
+    engine = server(port, argv=python(show + ENGINE, port, tmp_path / "mode"), log=str(log), env={"MINE": "1"})
+    (tmp_path / "mode").write_text("ok")
+    agent = node.agent(engine, interpreter=interpreter, probe=probe, environ={"ROLLOUT_MARK": "the launcher's"})
+    (pid,) = agent.go()
+    assert agent.saw("started") == {"report": "started", "ranks": [0], "pids": [pid]}
+    assert agent.saw("listening") == {"report": "listening", "rank": 0, "port": port, "address": "127.0.0.1"}
+    until(lambda: pid in node.listed() and agent.pid in node.listed(), "the process list")
+    (tmp_path / "mode").write_text("dead")
+    agent.saw("local_probe", failures=1)
+    first, second = log.read_text().splitlines()[:2]
+    seen = json.loads(first)
+    assert second == "to stderr"
+    assert seen["env"]["MINE"] == "1"
+    assert seen["env"]["ROLLOUT_MARK"] == node.mark()
+    assert "ROLLOUT_STEP" not in seen["env"]
+    assert (seen["core"], seen["stdin"], seen["group"]) == (0, "/dev/null", pid)
+    assert seen["blocked"] == ["SigBlk:\t0000000000000000\n", "SigIgn:\t0000000001001000\n"], "Python's own two"
+    assert len(seen["fds"]) == 4, "standard ones, and the folder that it lists"
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (log, log.parent, log.parent.parent)] == [0o600, 0o700, 0o700]
+    assert stat.S_IMODE(node.state_dir.stat().st_mode) == 0o700
+    assert agent.stop() == {"report": "exit", "cause": "stopped", "message": "stopped by SIGUSR1"}
+    assert not alive(pid)
+    assert [r["report"] for r in agent.reports if r["report"] != "local_probe"] == [
+        "hello", "fenced", "started", "listening", "exit",
+    ]  # fmt: skip
+    assert not node.listed()
+    assert agent.stderr.read_text() == ""
+
+
+def test_go_twice_starts_once(node: Node, tmp_path: Path) -> None:
+    log = tmp_path / "0.log"
+    agent = node.agent(member(argv=python("print('x', flush=True); import time; time.sleep(600)"), log=str(log)))
+    agent.go()
+    agent.send(signal.SIGUSR2)
+    until(log.read_text, "the engine's start")
+    agent.send(signal.SIGUSR2)
+    agent.stop()
+    assert log.read_text() == "x\n"
+    assert len(agent.all("started")) == 1
+
+
+def test_go_before_the_fence_is_through_starts_nothing(node: Node) -> None:
+    port = free_port()
+    with occupied(port):
+        agent = node.agent(member(ports=[port]))
+        agent.saw("fence_waits")
+        agent.send(signal.SIGUSR2)
+    agent.saw("fenced")
+    agent.stop()
+    assert not agent.all("started")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize("moment", ["at hello", "in the fence", "before go", "with go", "after go"])
+def test_a_stop_at_any_moment(node: Node, moment: str, number: int) -> None:
+    if moment != "after go" and number not in (signal.SIGUSR1, signal.SIGTERM):
+        pytest.skip("one moment is enough for the others")
+    port = free_port()
+    with occupied(port):
+        agent = node.agent(member(ports=[port] if moment == "in the fence" else []))
+        agent.saw({"at hello": "hello", "in the fence": "fence_waits"}.get(moment, "fenced"))
+        if moment == "after go":
+            agent.go()
+        elif moment == "with go":
+            agent.send(signal.SIGUSR2)
+        agent.send(number)
+        agent.ended("stopped", 0)
+    for started in agent.all("started"):
+        assert not any(map(alive, started["pids"]))
+
+
+def test_signals_that_its_parent_ignored_work_all_the_same(node: Node) -> None:
+    def ignore() -> None:
+        for number in (signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+
+    agent = node.agent(member(argv=["sh", "-c", "exit 4"]), popen={"preexec_fn": ignore})
+    agent.saw("fenced")
+    agent.send(signal.SIGUSR2)
+    assert agent.ended("engine_exited", 80)["code"] == 4
+
+
+def test_nobody_reads_its_reports(node: Node, tmp_path: Path) -> None:
+    marker = tmp_path / "engine.pid"
+    agent = node.agent(
+        member(argv=["sh", "-c", f"echo $$ > {marker}.new; mv {marker}.new {marker}; exec sleep 600"]),
+        popen={"stdout": broken_pipe()},
+    )
+    until(node.listed, "its process list")
+    until(lambda: b"prctl" in Path(f"/proc/{agent.pid}/maps").read_bytes() or is_waiting(agent), "waiting for go")
+    agent.send(signal.SIGUSR2)
+    pid = pid_in(marker)
+    agent.send(signal.SIGUSR1)
+    assert agent.join() == 0
+    assert not alive(pid)
+
+
+def test_a_reader_that_is_stopped_does_not_stop_it(node: Node) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, b"\n" * 4096)
+    except BlockingIOError:
+        os.set_blocking(writer, True)
+    agent = node.agent(member(), popen={"stdout": writer}, patch="g['REPORT_TIMEOUT_S'] = 0.01")
+    until(node.listed, "its process list")
+    agent.send(signal.SIGUSR1)
+    assert agent.join() == 0
+    os.close(writer)
+    os.close(reader)
+
+
+def broken_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def is_waiting(agent: Agent) -> bool:
+    """Is it in sigwait without a time-out, as it is before go?"""
+    return "rt_sigtimedwait" in Path(f"/proc/{agent.pid}/wchan").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------- exec, setup
+
+
+@pytest.mark.parametrize("setup", [[], [": nothing"]])
+def test_arguments_arrive_as_they_are(node: Node, tmp_path: Path, setup: list[str]) -> None:
+    log = tmp_path / "0.log"
+    words = ["a b", "$HOME", "'\"", "", "*", "\n"]
+    agent = node.agent(member(argv=python("import sys; print(sys.argv[1:])", *words), log=str(log)), setup=setup)
+    agent.go()
+    agent.ended("engine_exited", 80)
+    assert log.read_text() == f"{words}\n"
+
+
+def test_setup_runs_in_the_engines_own_process(node: Node, tmp_path: Path) -> None:
+    log = tmp_path / "0.log"
+    agent = node.agent(
+        member(
+            argv=python("import os, time; print(os.environ['A'], os.getpid(), flush=True); time.sleep(600)"),
+            log=str(log),
+        ),
+        setup=["A='two words'", "export A"],
+    )
+    (pid,) = agent.go()
+    assert until(log.read_text, "the engine's output") == f"two words {pid}\n"
+    agent.stop()
+
+
+def test_setup_and_a_program_that_does_not_exist(node: Node, tmp_path: Path) -> None:
+    agent = node.agent(member(argv=["no-such-program"], log=str(tmp_path / "0.log")), setup=["true"])
+    agent.saw("fenced")
+    agent.send(signal.SIGUSR2)
+    record = agent.ended("engine_exited", 80)
+    assert record["code"] == 127
+    assert "no-such-program" in record["last_lines"][-1]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: "no-such-program", "not found on PATH"),
+        (lambda folder: str(folder / "missing"), "No such file"),
+        (lambda folder: script(folder, "#!/no/such/interpreter\n", 0o700), "interpreter"),
+        (lambda folder: script(folder, "#!/bin/sh\n", 0o600), "Permission denied"),
+        (lambda folder: "nul\0byte", "null byte"),
+    ],
+)
+def test_an_engine_that_cannot_be_started(node: Node, tmp_path: Path, make: Any, words: str) -> None:
+    agent = node.agent(member(0), member(1, argv=[make(tmp_path)]))
+    agent.saw("fenced")
+    agent.send(signal.SIGUSR2)
+    record = agent.ended("exec_failed", 85)
+    assert words in record["message"]
+    assert record["rank"] == 1
+    assert not agent.all("started")
+    # `ended` has seen the agent's end: its rank 0, a child without a parent now, would be alive here.
+    assert not node_processes(node)
+
+
+def test_a_log_that_cannot_be_opened(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    agent = node.agent(member(0), member(1, log=str(tmp_path / "file" / "1.log")))
+    agent.saw("fenced")
+    agent.send(signal.SIGUSR2)
+    assert "1.log" in agent.ended("exec_failed", 85)["message"]
+    assert not node_processes(node)
+
+
+def script(folder: Path, text: str, mode: int) -> str:
+    path = folder / "engine"
+    path.write_text(text)
+    path.chmod(mode)
+    return str(path)
+
+
+def node_processes(node: Node) -> list[int]:
+    """The living processes that carry a mark of this node's run."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if f"ROLLOUT_MARK={node.run_id}/".encode() in Path(f"/proc/{entry}/environ").read_bytes() and alive(
+                int(entry)
+            ):
+                found.append(int(entry))
+        except OSError:
+            continue
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------ GPU
+
+
+def masks_of(log: Path) -> dict[str, str]:
+    lines = until(lambda: log.exists() and log.read_text().endswith("end\n") and log.read_text(), "the engine's output")
+    return dict(line.split("=", 1) for line in lines.splitlines()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("inherited", "gpus", "narrowed"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [2, 3], {"CUDA_VISIBLE_DEVICES": "2,3"}),
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, [0, 2], {"CUDA_VISIBLE_DEVICES": "4,6"}),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-aa,GPU-bb"}, [1], {"CUDA_VISIBLE_DEVICES": "GPU-bb"}),
+        ({}, [1, 2], {"CUDA_VISIBLE_DEVICES": "1,2"}),
+        ({"CUDA_VISIBLE_DEVICES": "4,5"}, [], {"CUDA_VISIBLE_DEVICES": "4,5"}),
+        ({}, [], {}),
+        ({"ROCR_VISIBLE_DEVICES": "4,5"}, [1], {"ROCR_VISIBLE_DEVICES": "5"}),
+        (
+            {"ASCEND_RT_VISIBLE_DEVICES": "4,5", "CUDA_VISIBLE_DEVICES": "0,1"},
+            [1],
+            {"ASCEND_RT_VISIBLE_DEVICES": "5", "CUDA_VISIBLE_DEVICES": "1"},
+        ),
+    ],
+)
+def test_gpus_are_narrowed_through_the_inherited_mask(
+    node: Node, tmp_path: Path, inherited: Json, gpus: list[int], narrowed: Json
+) -> None:
+    log = tmp_path / "0.log"
+    engine = member(argv=["sh", "-c", "env | grep VISIBLE; echo end; exec sleep 600"], gpus=gpus, log=str(log))
+    agent = node.agent(engine, environ=inherited)
+    agent.go()
+    assert masks_of(log) == narrowed
+    agent.stop()
+
+
+@pytest.mark.parametrize("mask", ["0,1", ""])
+def test_fewer_gpus_than_planned(node: Node, mask: str) -> None:
+    agent = node.agent(member(gpus=[2]), environ={"CUDA_VISIBLE_DEVICES": mask})
+    assert "CUDA_VISIBLE_DEVICES" in agent.ended("bad_config", 86)["message"]
+
+
+# ------------------------------------------------------------------------------------------------------- an engine ends
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("exit 0", {"code": 0}),
+        ("exit 3", {"code": 3}),
+        ("kill -9 $$", {"signal": 9}),
+        ("kill -40 $$", {"signal": 40}),
+    ],
+)
+def test_any_end_of_an_engine_is_its_failure(node: Node, tmp_path: Path, code: str, says: Json) -> None:
+    talk = f"i=0; while [ $i -lt 30 ]; do echo line $i; i=$((i+1)); done; {code}"
+    agent = node.agent(member(0), member(1, argv=["sh", "-c", talk], log=str(tmp_path / "1.log")))
+    other, _ = agent.go()
+    record = agent.ended("engine_exited", 80)
+    assert not alive(other)
+    message = record.pop("message")
+    assert message.startswith("rank 1 ")
+    assert str(next(iter(says.values()))) in message
+    expected = {"report": "exit", "cause": "engine_exited", "rank": 1, "oom": False, **says}
+    assert record == {**expected, "last_lines": [f"line {n}" for n in range(10, 30)]}
+
+
+def test_the_last_lines_are_bounded(node: Node, tmp_path: Path) -> None:
+    code = "import sys; sys.stdout.buffer.write(b'\\xff\\0' * 100000 + b'\\nthe end')"
+    agent = node.agent(member(argv=python(code), log=str(tmp_path / "0.log")))
+    agent.go()
+    lines = agent.ended("engine_exited", 80)["last_lines"]
+    assert lines[-1] == "the end"
+    assert sum(map(len, lines)) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("files", "kills"),
+    [
+        ({"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/b/memory.events": "low 0\noom 2\noom_kill 3\n"}, 3),
+        (
+            {
+                "/proc/self/cgroup": "5:cpu:/x\n4:memory:/a\n0::/\n",
+                "/sys/fs/cgroup/memory/a/memory.oom_control": "under_oom 0\noom_kill 2\n",
+            },
+            2,
+        ),
+        ({"/proc/self/cgroup": "0::/a\n"}, 0),
+        ({}, 0),
+    ],
+)
+def test_kills_for_memory_are_counted(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], kills: int) -> None:
+    monkeypatch.setattr(module, "read_file", lambda path: files.get(path, "").encode())
+    assert module.oom_kills() == kills
+
+
+def test_an_end_for_lack_of_memory_is_told(node: Node) -> None:
+    patch = "counts = iter([1, 2])\ng['oom_kills'] = lambda: next(counts)"
+    agent = node.agent(member(argv=["sh", "-c", "kill -9 $$"]), patch=patch)
+    agent.go()
+    record = agent.ended("engine_exited", 80)
+    assert record["oom"] is True
+    assert "memory" in record["message"]
+
+
+@pytest.mark.parametrize("end", ["stop", "engine"])
+def test_what_detached_itself_is_ended_too(node: Node, tmp_path: Path, end: str) -> None:
+    agent = node.agent(member(argv=python(ORPHAN, free_port(), tmp_path)))
+    (pid,) = agent.go()
+    orphan = pid_in(tmp_path / "orphan.pid")
+    if end == "stop":
+        agent.stop()
+    else:
+        os.kill(pid, signal.SIGKILL)
+        agent.ended("engine_exited", 80)
+    assert not alive(orphan)
+
+
+def test_its_own_death_takes_the_engines_along(node: Node) -> None:
+    agent = node.agent(member(0), member(1), setup=["true"])
+    pids = agent.go()
+    agent.send(signal.SIGKILL)
+    until(lambda: not any(map(alive, pids)), "the engines' end")
+
+
+# ----------------------------------------------------------------------------------------------------------------- stop
+
+
+def test_a_stopped_engine_is_ended(node: Node) -> None:
+    agent = node.agent(member())
+    (pid,) = agent.go()
+    os.kill(pid, signal.SIGSTOP)
+    agent.stop()
+    assert not alive(pid)
+
+
+LEAVES = (
+    "import signal, sys, time\n"
+    "def leave(*_): print('bye', flush=True); sys.exit()\n"
+    "signal.signal(signal.SIGTERM, leave); print('ready', flush=True); time.sleep(600)"
+)
+STAYS = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+
+
+def test_grace_lets_an_engine_leave_by_itself(node: Node, tmp_path: Path) -> None:
+    log = tmp_path / "0.log"
+    agent = node.agent(member(argv=python(LEAVES), log=str(log)), stop={"grace_s": 600})
+    agent.go()
+    until(log.read_text, "the engine")
+    agent.stop()
+    assert log.read_text() == "ready\nbye\n"
+
+
+def test_grace_ends(node: Node, tmp_path: Path) -> None:
+    log = tmp_path / "0.log"
+    agent = node.agent(member(argv=python(STAYS), log=str(log)), stop={"grace_s": 0.2})
+    (pid,) = agent.go()
+    until(log.read_text, "the engine")
+    agent.stop()
+    assert not alive(pid)
+
+
+def test_without_grace_nobody_is_asked(node: Node, tmp_path: Path) -> None:
+    log = tmp_path / "0.log"
+    agent = node.agent(member(argv=python(LEAVES), log=str(log)))
+    agent.go()
+    until(log.read_text, "the engine")
+    agent.stop()
+    assert log.read_text() == "ready\n"
+
+
+def test_no_grace_where_an_engine_does_not_answer(node: Node, tmp_path: Path) -> None:
+    port, mode = free_port(), tmp_path / "mode"
+    mode.write_text("ok")
+    agent = node.agent(
+        server(port, argv=python("import signal; signal.signal(15, signal.SIG_IGN)\n" + ENGINE, port, mode)),
+        stop={"grace_s": 600},
+        probe=probing(),
+    )
+    agent.go()
+    until(lambda: asked(mode) > 0, "the first probe")
+    mode.write_text("dead")
+    agent.saw("local_probe", failures=1)
+    agent.stop()
+
+
+# ------------------------------------------------------------------------------------------------------------ listening
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "::", "::1"])
+def test_listening_is_told_once_it_listens(node: Node, address: str) -> None:
+    port = free_port()
+    code = (
+        "import socket, sys, time\n"
+        "s = socket.socket(socket.AF_INET6 if ':' in sys.argv[2] else socket.AF_INET)\n"
+        "s.bind((sys.argv[2], int(sys.argv[1]))); time.sleep(0.3); s.listen(); time.sleep(600)"
+    )
+    agent = node.agent(server(port, argv=python(code, port, address)), member(1))
+    agent.go()
+    assert agent.saw("listening") == {"report": "listening", "rank": 0, "port": port, "address": address}
+    agent.stop()
+    assert len(agent.all("listening")) == 1
+
+
+def test_a_stranger_on_the_entrypoints_port(node: Node, tmp_path: Path) -> None:
+    port = free_port()
+    wait = "import os, sys, time\nwhile not os.path.exists(sys.argv.pop()): sys.argv.append(sys.argv[-1]); time.sleep(.01)\n"
+    wait = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'now')!r}): time.sleep(0.01)\n"
+    agent = node.agent(server(port, argv=python(wait + LISTEN, port)))
+    agent.saw("fenced")
+    with occupied(port):
+        agent.go()
+        said = agent.saw("stranger")
+        assert (said["rank"], said["port"]) == (0, port)
+        assert f"pid {os.getpid()} " in said["holder"]
+    (tmp_path / "now").touch()
+    agent.saw("listening")
+    agent.stop()
+    assert len(agent.all("stranger")) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- logs
+
+
+def test_logs_are_rotated(node: Node, tmp_path: Path) -> None:
+    log, old = tmp_path / "0.log", tmp_path / "0.log.1"
+    code = (
+        "import time, itertools\nfor n in itertools.count():\n print('%08d' % n * 20, flush=True); time.sleep(0.0005)"
+    )
+    agent = node.agent(member(argv=python(code), log=str(log)), log={"max_bytes": 20000})
+    agent.go()
+    until(old.exists, "the first rotation")
+    last = int(until(old.read_text, "the copy").splitlines()[-1][:8])
+    until(lambda: log.stat().st_size and int(log.read_text().splitlines()[0][:8]) <= last + 2, "the same lines go on")
+    first = old.read_bytes()[:8]
+    until(lambda: old.read_bytes()[:8] not in (b"", first), "the second rotation")
+    agent.stop()
+    assert stat.S_IMODE(old.stat().st_mode) == 0o600
+    assert sorted(p.name for p in tmp_path.glob("*.log*")) == ["0.log", "0.log.1"]
+
+
+# ---------------------------------------------------------------------------------------------------------- local probe
+
+# Answers as the file says; the requests it got are counted beside it. "busy": dead, but the counter moves.
+ENGINE = """
+import http.server, os, sys, time
+port, path = int(sys.argv[1]), sys.argv[2]
+tokens = [0]
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+    def do_GET(self):
+        mode = open(path).read()
+        tokens[0] += mode in ("ok", "busy")
+        text = "# HELP tokens x\\ntokens{dp=\\"0\\"} %d\\ntokens{dp=\\"1\\"} 1\\ntokens_total 9\\n" % tokens[0]
+        self.answer(200, text.encode())
+    def do_POST(self):
+        mode = open(path).read()
+        assert self.rfile.read(int(self.headers["Content-Length"])) == b'{"a": 1}'
+        with open(path + ".asked", "a") as f:
+            f.write("x")
+        if mode in ("dead", "busy"):
+            while open(path).read() == mode: time.sleep(0.01)
+        elif mode == "drip":
+            self.send_response(200); self.end_headers()
+            while open(path).read() == mode:
+                self.wfile.write(b" "); self.wfile.flush(); time.sleep(0.01)
+        elif mode == "503": self.answer(503, b"")
+        elif mode == "empty": self.answer(200, b'{"choices": []}')
+        elif mode == "garbage": self.answer(200, b"<html>")
+        else: self.answer(200, b'{"choices": [{"text": "x"}]}')
+    def answer(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def handle(self):
+        try: super().handle()
+        except OSError: pass
+http.server.ThreadingHTTPServer.allow_reuse_address = True
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def probing(**changes: Any) -> Json:
+    return {
+        "period_s": 0.05,
+        "timeout_s": 0.3,
+        "failure_threshold": 3,
+        "path": "/v1/chat/completions",
+        "body": '{"a": 1}',
+        "expect": "choices",
+        "counter": {"path": "/metrics", "name": "tokens"},
+        **changes,
+    }
+
+
+def asked(mode: Path) -> int:
+    try:
+        return Path(f"{mode}.asked").stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.fixture
+def mode(tmp_path: Path) -> Path:
+    path = tmp_path / "mode"
+    path.write_text("ok")
+    return path
+
+
+def more_probes(mode: Path, count: int) -> None:
+    """Wait until the engine was asked so often again."""
+    before = asked(mode)
+    until(lambda: asked(mode) >= before + count, f"{count} more probes")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        ("dead", "no complete answer within 0.3 s"),
+        ("drip", "no complete answer within 0.3 s"),
+        ("503", "HTTP 503"),
+        ("empty", "no 'choices'"),
+        ("garbage", "not JSON"),
+    ],
+)
+def test_failures_are_told_up_to_the_threshold(node: Node, mode: Path, trouble: str, words: str) -> None:
+    port = free_port()
+    agent = node.agent(server(port, argv=python(ENGINE, port, mode)), probe=probing())
+    agent.go()
+    more_probes(mode, 2)
+    mode.write_text(trouble)
+    agent.saw("local_probe", failures=3)
+    more_probes(mode, 2)
+    mode.write_text("ok")
+    agent.saw("local_probe", failures=0)
+    said = agent.all("local_probe")
+    assert [r["failures"] for r in said] == [1, 2, 3, 0]
+    assert all(words in r["error"] for r in said[:3])
+    assert (said[3]["error"], said[3]["rank"]) == ("", 0)
+    agent.stop()
+
+
+def test_progress_is_life(node: Node, mode: Path) -> None:
+    port = free_port()
+    agent = node.agent(server(port, argv=python(ENGINE, port, mode)), probe=probing(timeout_s=0.1))
+    agent.go()
+    more_probes(mode, 2)
+    mode.write_text("busy")
+    more_probes(mode, 5)
+    assert not agent.all("local_probe")
+    mode.write_text("dead")
+    agent.saw("local_probe", failures=2)
+    mode.write_text("busy")
+    agent.saw("local_probe", failures=0)
+    agent.stop()
+
+
+def test_loading_is_no_failure(node: Node, mode: Path) -> None:
+    port = free_port()
+    mode.write_text("503")
+    agent = node.agent(server(port, argv=python(ENGINE, port, mode)), probe=probing())
+    agent.go()
+    more_probes(mode, 5)
+    assert not agent.all("local_probe")
+    mode.write_text("ok")
+    more_probes(mode, 2)
+    mode.write_text("503")
+    agent.saw("local_probe", failures=1)
+    agent.stop()
+
+
+def test_a_hang_of_the_whole_engine(node: Node, mode: Path) -> None:
+    port = free_port()
+    agent = node.agent(server(port, argv=python(ENGINE, port, mode)), probe=probing(counter=None, timeout_s=0.1))
+    (pid,) = agent.go()
+    more_probes(mode, 2)
+    os.kill(pid, signal.SIGSTOP)
+    agent.saw("local_probe", failures=3)
+    agent.stop()
+    assert not alive(pid)
+
+
+@pytest.mark.parametrize(
+    ("page", "total"),
+    [
+        ("t 1\n", 1.0),
+        ('t{a="}"} 1 1700000000\nt{b="x y"} 2.5e3\n', 2501.0),
+        ('t{a="1"} 5 # {trace="x"} 1 2\n', 5.0),
+        ("t_total 4\n# t 9\nxt 3\n", None),
+        ("t NaN\nt 2\n", 2.0),
+        ("t\nt x\n", None),
+    ],
+)
+def test_samples_are_added_up(page: str, total: float | None) -> None:
+    assert module.sum_samples(page, "t") == total
