@@ -375,9 +375,15 @@ def _observation(step: _Step) -> StepObservation:
     )
 
 
+# srun says this of --cpu-bind=none where TaskPlugin cannot bind; it is no reason for anything (22.05).
+_CHATTER = ("cluster configuration lacks support for cpu binding",)
+
+
 def _last_line(path: Path) -> str:
+    """Return the last thing of interest that srun wrote to its standard error."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         return ""
-    return lines[-1][:300] if lines else ""
+    telling = [line for line in lines if not line.endswith(_CHATTER)]
+    return telling[-1][:300] if telling else ""

@@ -119,7 +119,8 @@ def cmdline(pid: int) -> bytes:
 
 def pid_in(path: Path) -> int:
     """Wait for a pid in a file."""
-    return int(until(lambda: path.exists() and path.read_text(), f"a pid in {path.name}"))
+    until(path.exists, path.name)
+    return int(path.read_text())
 
 
 def member(rank: int = 0, *, argv: Sequence[str] = ("sleep", "600"), **changes: Any) -> Json:
@@ -278,8 +279,8 @@ class Node:
         }
         argv = [interpreter, "-IS", str(AGENT)]
         if patch:
-            code = f"g = {{'__name__': 'agent'}}\nexec(open({str(AGENT)!r}).read(), g)\n{patch}\ng['os']._exit(g['main']())"
-            argv = [interpreter, "-IS", "-c", code]
+            code = f"g = {{'__name__': 'agent'}}\nexec(open({str(AGENT)!r}).read(), g)\n{patch}\n"
+            argv = [interpreter, "-IS", "-c", code + "g['os']._exit(g['main']())"]
         options = {"stdout": subprocess.PIPE, **(popen or {})}
         agent = Agent(argv, env, self.folder / f"stderr-{len(self.agents)}", **options)
         self.agents.append(agent)

@@ -20,7 +20,6 @@ from tests.agent_harness import (
     AGENT,
     LISTEN,
     ORPHAN,
-    Agent,
     Json,
     Node,
     alive,
@@ -146,11 +145,11 @@ def test_a_state_directory_that_others_control_is_refused(node: Node, tmp_path: 
     assert "state directory" in node.agent(member()).ended("bad_config", 86)["message"]
 
 
-# ------------------------------------------------------------------------------------------------------ a life, go, stop
+# ---------------------------------------------------------------------------------------------------- a life, go, stop
 
 
 @pytest.mark.parametrize("interpreter", interpreters())
-def test_a_whole_life(node: Node, tmp_path: Path, interpreter: str) -> None:
+def test_a_whole_life(node: Node, tmp_path: Path, mode: Path, interpreter: str) -> None:
     port = free_port()
     log = tmp_path / "logs" / "actor" / "1" / "0.log"
     show = (
@@ -161,14 +160,14 @@ def test_a_whole_life(node: Node, tmp_path: Path, interpreter: str) -> None:
         "print('to stderr', file=sys.stderr, flush=True)\n"
     )
     probe = probing(period_s=0.05)
-    engine = server(port, argv=python(show + ENGINE, port, tmp_path / "mode"), log=str(log), env={"MINE": "1"})
-    (tmp_path / "mode").write_text("ok")
+    engine = server(port, argv=python(show + ENGINE, port, mode), log=str(log), env={"MINE": "1"})
     agent = node.agent(engine, interpreter=interpreter, probe=probe, environ={"ROLLOUT_MARK": "the launcher's"})
     (pid,) = agent.go()
     assert agent.saw("started") == {"report": "started", "ranks": [0], "pids": [pid]}
     assert agent.saw("listening") == {"report": "listening", "rank": 0, "port": port, "address": "127.0.0.1"}
     until(lambda: pid in node.listed() and agent.pid in node.listed(), "the process list")
-    (tmp_path / "mode").write_text("dead")
+    more_probes(mode, 2)
+    mode.write_text("dead")
     agent.saw("local_probe", failures=1)
     first, second = log.read_text().splitlines()[:2]
     seen = json.loads(first)
@@ -250,8 +249,7 @@ def test_nobody_reads_its_reports(node: Node, tmp_path: Path) -> None:
         popen={"stdout": broken_pipe()},
     )
     until(node.listed, "its process list")
-    until(lambda: b"prctl" in Path(f"/proc/{agent.pid}/maps").read_bytes() or is_waiting(agent), "waiting for go")
-    agent.send(signal.SIGUSR2)
+    until(lambda: agent.send(signal.SIGUSR2) or marker.exists(), "its engine")
     pid = pid_in(marker)
     agent.send(signal.SIGUSR1)
     assert agent.join() == 0
@@ -278,11 +276,6 @@ def broken_pipe() -> int:
     reader, writer = os.pipe()
     os.close(reader)
     return writer
-
-
-def is_waiting(agent: Agent) -> bool:
-    """Is it in sigwait without a time-out, as it is before go?"""
-    return "rt_sigtimedwait" in Path(f"/proc/{agent.pid}/wchan").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- exec, setup
@@ -377,8 +370,8 @@ def node_processes(node: Node) -> list[int]:
 
 
 def masks_of(log: Path) -> dict[str, str]:
-    lines = until(lambda: log.exists() and log.read_text().endswith("end\n") and log.read_text(), "the engine's output")
-    return dict(line.split("=", 1) for line in lines.splitlines()[:-1])
+    until(lambda: log.exists() and log.read_text().endswith("end\n"), "the engine's output")
+    return dict(line.split("=", 1) for line in log.read_text().splitlines()[:-1])
 
 
 @pytest.mark.parametrize(
@@ -544,16 +537,15 @@ def test_without_grace_nobody_is_asked(node: Node, tmp_path: Path) -> None:
     assert log.read_text() == "ready\n"
 
 
-def test_no_grace_where_an_engine_does_not_answer(node: Node, tmp_path: Path) -> None:
-    port, mode = free_port(), tmp_path / "mode"
-    mode.write_text("ok")
+def test_no_grace_where_an_engine_does_not_answer(node: Node, mode: Path) -> None:
+    port = free_port()
     agent = node.agent(
         server(port, argv=python("import signal; signal.signal(15, signal.SIG_IGN)\n" + ENGINE, port, mode)),
         stop={"grace_s": 600},
         probe=probing(),
     )
     agent.go()
-    until(lambda: asked(mode) > 0, "the first probe")
+    more_probes(mode, 2)
     mode.write_text("dead")
     agent.saw("local_probe", failures=1)
     agent.stop()
@@ -579,7 +571,6 @@ def test_listening_is_told_once_it_listens(node: Node, address: str) -> None:
 
 def test_a_stranger_on_the_entrypoints_port(node: Node, tmp_path: Path) -> None:
     port = free_port()
-    wait = "import os, sys, time\nwhile not os.path.exists(sys.argv.pop()): sys.argv.append(sys.argv[-1]); time.sleep(.01)\n"
     wait = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'now')!r}): time.sleep(0.01)\n"
     agent = node.agent(server(port, argv=python(wait + LISTEN, port)))
     agent.saw("fenced")

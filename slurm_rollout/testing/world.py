@@ -51,7 +51,6 @@ from slurm_rollout.core.plan import (
     StopPolicy,
 )
 
-
 A = TypeVar("A", Launch, Go, Stop, Cancel)
 
 Key = tuple[str, int, str, bool]
@@ -208,7 +207,7 @@ class World:
                 self.listing_failed_at = self.now
         else:
             if decision.wants.listing:
-                self.list()
+                self.list_steps()
             if decision.wants.job:
                 self.ask_job(self.job if self.job is not Job.UNKNOWN else Job.RUNNING)
         return decision
@@ -330,7 +329,7 @@ class World:
         """Return every action of one kind so far."""
         return [a for d in self.decisions for a in d.actions if isinstance(a, kind)]
 
-    # ------------------------------------------------------------------------------------------------- what is done to it
+    # ------------------------------------------------------------------------------------------------- what is done
 
     def change(self, group: str, node: str, *, sweep: bool = False, **facts: object) -> None:
         """Change what is observed of a step of the current incarnation."""
@@ -368,7 +367,7 @@ class World:
         if lives:
             self.orphans.add(self._key(group, node, sweep=sweep))
 
-    def look(self) -> Listing:
+    def snapshot(self) -> Listing:
         """Return what Slurm would answer now to the question which steps live."""
         living = {
             k: s for k, s in self.steps.items() if k in self.orphans or (s.process is Process.RUNNING and not s.exit)
@@ -379,9 +378,9 @@ class World:
             pids=frozenset(s.pid for s in living.values() if s.pid is not None),
         )
 
-    def list(self) -> None:
+    def list_steps(self) -> None:
         """Slurm answers which steps live."""
-        self.listing = self.look()
+        self.listing = self.snapshot()
 
     def ask_job(self, job: Job) -> None:
         """Slurm answers what the job's state is."""
