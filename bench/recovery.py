@@ -12,13 +12,15 @@ Needs root and the distribution's Slurm (`.ci/install-slurm`). Figures depend on
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import signal
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,32 +31,36 @@ LOAD_S = 1.0
 MEMBERS = 4
 PORT = 18000
 MASTER_PORT = 18001
+PATIENCE_S = 30.0
 
-# Runs inside the cluster's network. For each line "N" on its input it waits until every member has answered as an
-# incarnation above N, and prints the moment (the monotonic clock is the same on every "node" of one machine).
+# Runs inside the cluster's network: asks every member again and again, and prints "INCARNATION MOMENT" whenever the
+# oldest incarnation among them changes (the monotonic clock is the same on every "node" of one machine).
 WATCH = """
 import http.client, json, sys, threading, time
 hosts = sys.argv[2:]
-def until_new(host, old, done):
-    body = json.dumps({"model": "stub", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1})
+latest = dict.fromkeys(hosts, (0, 0.0))
+body = json.dumps({"model": "stub", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1})
+def ask(host):
     while True:
         try:
             c = http.client.HTTPConnection(host, int(sys.argv[1]), timeout=2)
             c.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
             answer = json.load(c.getresponse())
             c.close()
-            if answer["choices"] and answer["incarnation"] > old:
-                done.append(time.monotonic())
-                return
+            if answer["choices"] and answer["incarnation"] != latest[host][0]:
+                latest[host] = answer["incarnation"], time.monotonic()
         except (OSError, ValueError, KeyError, http.client.HTTPException):
             pass
-        time.sleep(0.005)
-for line in sys.stdin:
-    done = []
-    threads = [threading.Thread(target=until_new, args=(h, int(line), done)) for h in hosts]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    print(max(done), flush=True)
+        time.sleep(0.01)
+for host in hosts:
+    threading.Thread(target=ask, args=(host,), daemon=True).start()
+before = 0
+while True:
+    oldest = min(n for n, _ in latest.values())
+    if oldest != before:
+        before = oldest
+        print(oldest, max(at for _, at in latest.values()), flush=True)
+    time.sleep(0.003)
 """
 
 COMMON = """\
@@ -128,31 +134,37 @@ def loop(script: str) -> Callable[[SlurmCluster], object]:
 def measure(name: str, contender: Callable[[SlurmCluster], object], kills: int) -> list[float]:
     """Return the overhead of each recovery in seconds: kill to all serving, minus the load time."""
     with SlurmCluster(nodes=MEMBERS) as cluster, contender(cluster):  # type: ignore[attr-defined]
-        argv = [cluster.python, "-c", WATCH, str(PORT), *cluster.nodes]
+        argv: list[str | Path] = [cluster.python, "-c", WATCH, str(PORT), *cluster.nodes]
         watcher = cluster.popen_in_node(cluster.nodes[0], argv)
+        seen: list[tuple[int, float]] = []
+        threading.Thread(target=collect, args=(watcher.stdout, seen), daemon=True).start()
         try:
-            assert watcher.stdin is not None
-            assert watcher.stdout is not None
-
-            def all_serve(after: int) -> float:
-                print(after, file=watcher.stdin, flush=True)
-                return float(watcher.stdout.readline())  # type: ignore[union-attr]
-
-            all_serve(0)
+            wait_for("the first start", lambda: seen, PATIENCE_S)
             found = []
-            for incarnation in range(1, kills + 1):
-                # Members of an engine that serves have settled; a kill in the middle of nothing else.
-                time.sleep(0.3)
-                rank = incarnation % MEMBERS
-                pid = wait_for("the victim", lambda r=rank: engine(cluster, r))
+            for kill in range(1, kills + 1):
+                time.sleep(0.5)  # let the members settle: one fault at a time
+                rank, incarnation = kill % MEMBERS, seen[-1][0]
+                pid = wait_for("the victim", functools.partial(engine, cluster, rank))
                 killed_at = time.monotonic()
                 os.kill(pid, signal.SIGKILL)
-                found.append(all_serve(incarnation) - killed_at - LOAD_S)
-                print(f"{name}: kill {incarnation} of rank {rank}: {found[-1]:.3f} s", file=sys.stderr)
+                wait_for("all members to answer again", lambda n=incarnation: seen[-1][0] > n, PATIENCE_S)  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+                found.append(seen[-1][1] - killed_at - LOAD_S)
+                print(f"{name}: kill {kill}, of rank {rank}: {found[-1]:.3f} s", file=sys.stderr)
             return found
+        except AssertionError as e:
+            for log in cluster.home.glob("*.log"):
+                print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
+            raise SystemExit(f"{name}: {e}") from None
         finally:
             watcher.kill()
             watcher.communicate()
+
+
+def collect(lines: Iterable[str] | None, seen: list[tuple[int, float]]) -> None:
+    """Take in what the watcher prints."""
+    for line in lines or ():
+        incarnation, _, moment = line.partition(" ")
+        seen.append((int(incarnation), float(moment)))
 
 
 def engine(cluster: SlurmCluster, rank: int) -> int | None:
@@ -186,7 +198,7 @@ def main() -> int:
         return 0
     base = statistics.median(results["bash, one srun per member, scancel"])
     print(
-        f"kill -9 of one of {MEMBERS} members -> all answer again, minus {LOAD_S:g} s of loading; {args.kills} kills each"
+        f"kill -9 of one of {MEMBERS} members until all answer again, minus {LOAD_S:g} s of loading; {args.kills} kills"
     )
     print("| | median | min | max | ratio to the first loop |")
     print("|---|---|---|---|---|")

@@ -253,7 +253,7 @@ class Coordinator:
 
     def _log(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            log.info("%s", " ".join(str(line.get(k, "")) for k in ("group", "incarnation", "type", "reason", "message")))
+            log.info("%s", view.event_line(line))
 
     def _act(self, action: Action) -> None:
         match action:

@@ -38,7 +38,8 @@ async def connectable(host: str, port: int, timeout_s: float) -> bool | None:
         return None
     except OSError as error:
         return None if error.errno in OWN_TROUBLE else False
-    accepted = not is_self_connected(writer.transport.get_extra_info("socket"))
+    # On loopback, Linux may pick the free port that is asked for as the local port as well: a connection to itself.
+    accepted: bool = writer.get_extra_info("sockname") != writer.get_extra_info("peername")
     writer.transport.abort()
     return accepted
 
@@ -56,8 +57,3 @@ async def open_ports(endpoints: Iterable[tuple[str, int]], timeout_s: float = 1.
     if None in answers:
         return None
     return tuple(f"{host}:{port}" for (host, port), accepted in zip(asked, answers, strict=True) if accepted)
-
-
-def is_self_connected(connection: socket.socket) -> bool:
-    """Is this a connection to itself? On loopback, Linux may pick the free port asked for as the local port as well."""
-    return bool(connection.getsockname() == connection.getpeername())

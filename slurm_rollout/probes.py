@@ -19,7 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
@@ -187,7 +187,7 @@ class Prober:
         """
         timeout_s = target.policy.liveness_timeout_s
         watch = self._pulse.watch()
-        baseline = counter = None
+        baseline = counter = _Look()
         async with asyncio.TaskGroup() as tasks:
             asking = tasks.create_task(question.ask(timeout_s))
             await asyncio.wait({asking}, timeout=timeout_s / 2)
@@ -199,7 +199,9 @@ class Prober:
                     target, min(timeout_s / 4, max(0.0, watch.started_at + timeout_s - self._clock()))
                 )
             answer = await asking
-        return self._result("liveness", watch, timeout_s, answer, baseline=baseline, counter=counter)
+        if baseline.own_trouble or counter.own_trouble:
+            answer = replace(answer, own_trouble=True)
+        return self._result("liveness", watch, timeout_s, answer, baseline=baseline.value, counter=counter.value)
 
     def _result(
         self,
@@ -236,7 +238,7 @@ class Prober:
 
 def _telling(e: Endpoint) -> tuple[object, ...]:
     """What a decision can depend on. A starting engine refuses all the time; nobody needs to be woken by that."""
-    return e.proved, e.mismatch, e.failures, e.slow, e.proved and e.refusals
+    return e.proved, e.answers, e.mismatch, e.failures, e.slow, e.proved and e.refusals
 
 
 # ---------------------------------------------------------------------------------------------------------------- lag
@@ -326,17 +328,25 @@ def _models_question(target: Target) -> _Question:
     return _Question(_request(target.url + "/v1/models"), lambda status, body: judge_models(status, body, model))
 
 
-async def _look(target: Target, timeout_s: float) -> float | None:
-    """Read the progress counter; None when there is none, or it could not be read."""
+class _Look(NamedTuple):
+    """What was seen of the progress counter. None: there is none, or the engine did not let it be read."""
+
+    value: float | None = None
+    own_trouble: bool = False
+
+
+async def _look(target: Target, timeout_s: float) -> _Look:
     counter = target.policy.counter
     if counter is None:
-        return None
+        return _Look()
     try:
         async with asyncio.timeout(timeout_s):
             status, body = await _exchange(_request(target.url + counter.path), MAX_METRICS_BYTES)
-    except (httpx.HTTPError, _TooLong, TimeoutError):
-        return None
-    return counter_value(body.decode(errors="replace"), counter.name) if status == 200 else None
+    except (_TooLong, TimeoutError):
+        return _Look()
+    except httpx.HTTPError as error:
+        return _Look(own_trouble=_no_answer(error).own_trouble)
+    return _Look(counter_value(body.decode(errors="replace"), counter.name) if status == 200 else None)
 
 
 def _request(url: str, body: str = "") -> httpx.Request:
@@ -353,7 +363,7 @@ class _TooLong(Exception):
 async def _exchange(request: httpx.Request, limit: int) -> tuple[int, bytes]:
     body = bytearray()
     async with (
-        httpx.AsyncHTTPTransport(verify=_NO_TLS, trust_env=False) as transport,
+        httpx.AsyncHTTPTransport(verify=_NO_TLS) as transport,
         aclosing(await transport.handle_async_request(request)) as response,
     ):
         async for chunk in response.aiter_raw():

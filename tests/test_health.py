@@ -16,7 +16,7 @@ CHAT = ProbeRequest()
 EMBEDDINGS = ProbeRequest(path="/v1/embeddings", body="{}", expect="data")
 ANY_200 = ProbeRequest(path="/ready", expect="")
 
-READY = Endpoint(rank=0, proved=True)
+READY = Endpoint(rank=0, proved=True, answers=True)
 
 
 def result(
@@ -68,7 +68,7 @@ def folded(endpoint: Endpoint, *results: ProbeResult) -> Endpoint:
 def test_one_readiness_success_proves_and_no_failure_takes_it_back() -> None:
     proved = fold(Endpoint(rank=0), result("readiness", ok=True))
 
-    assert proved == Endpoint(rank=0, proved=True)
+    assert proved == READY
     assert folded(proved, timed_out(), said_no(), timed_out()).proved
 
 
@@ -77,9 +77,19 @@ def test_a_liveness_success_proves_nothing() -> None:
 
 
 def test_success_resets_the_counts() -> None:
-    troubled = replace(READY, failures=3, refusals=2, slow=True, last_error="x", first_failure_at=1.0)
+    troubled = replace(READY, answers=False, failures=3, refusals=2, slow=True, last_error="x", first_failure_at=1.0)
 
     assert fold(troubled, OK) == READY
+
+
+def test_an_endpoint_answers_when_its_newest_probe_succeeded() -> None:
+    adopted = Endpoint(rank=0)
+
+    assert not adopted.answers
+    assert fold(adopted, OK).answers
+    assert not folded(adopted, OK, timed_out()).answers
+    assert not folded(adopted, OK, said_no()).answers
+    assert folded(adopted, OK, result(lagged=True)).answers
 
 
 def test_readiness_failures_are_no_liveness_failures() -> None:
@@ -116,6 +126,7 @@ def test_refusals_count_answers_that_say_no(results: list[ProbeResult], refusals
         ([timed_out(baseline=5, counter=5), timed_out(baseline=7, counter=7)], 1, False),
         ([timed_out(baseline=5, counter=5), timed_out(baseline=7)], 1, False),
         ([timed_out(baseline=5, counter=5), timed_out(counter=5)], 2, False),
+        ([timed_out(baseline=5, counter=5), timed_out(), timed_out(counter=5)], 3, False),
         ([timed_out(baseline=5, counter=5), timed_out(counter=6)], 0, True),
         ([timed_out(baseline=5, counter=5), timed_out(baseline=1, counter=2)], 0, True),
         ([timed_out(counter=5)], 0, False),
@@ -133,6 +144,7 @@ def test_refusals_count_answers_that_say_no(results: list[ProbeResult], refusals
         "moved between the probes: counted anew",
         "moved between the probes, then not readable",
         "one look was missed, stands",
+        "all looks of a probe were missed, stands",
         "one look was missed, moved",
         "restarted from nought: moved",
         "the first look ever tells nothing",
@@ -225,6 +237,7 @@ CHOICE = {"index": 0, "message": {"role": "assistant", "content": ""}}
         (404, answer(detail="Not Found"), CHAT, "HTTP 404: "),
         (404, b"model not found", CHAT, "HTTP 404: model not found"),
         (503, b"the engine\nis \x1b[31mdead\n", CHAT, "HTTP 503: the engine is [31mdead"),
+        (503, answer(error="the model is not found in the cache yet"), CHAT, "HTTP 503: "),
         (503, b"", ANY_200, "HTTP 503: (empty)"),
     ],
 )

@@ -9,16 +9,18 @@ import os
 import resource
 import signal
 import socket
+import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 
 from slurm_rollout.core.model import Endpoint
 from slurm_rollout.core.plan import Counter, ProbePolicy, ProbeRequest
-from slurm_rollout.ports_check import connectable, is_self_connected, open_ports
+from slurm_rollout.ports_check import connectable, open_ports
 from slurm_rollout.probes import Key, Prober, Target
 
 pytestmark = pytest.mark.anyio
@@ -62,7 +64,7 @@ class Engine:
         self.drips = False
         self.tokens: Callable[[], float] | None = None
         self.asked: list[str] = []
-        self.first_asked_at = 0.0
+        self.asked_at: list[float] = []
         self.waiting = 0
         self.url = ""
         self._talks: set[asyncio.Task[None]] = set()
@@ -77,8 +79,8 @@ class Engine:
             path = head.split()[1]
             if "content-length: " in head:
                 await reader.readexactly(int(head.split("content-length: ")[1].split()[0]))
-            self.first_asked_at = self.first_asked_at or time.monotonic()
             self.asked.append(path)
+            self.asked_at.append(time.monotonic())
             reply = self.answers.get(path, http(404))
             if path == METRICS and self.tokens is not None:
                 reply = http(200, raw=f"# TYPE tokens counter\ntokens {self.tokens()}\n".encode())
@@ -99,9 +101,8 @@ class Engine:
             writer.close()
 
     async def close(self) -> None:
-        for task in self._talks:
-            task.cancel()
-        await asyncio.gather(*self._talks, return_exceptions=True)
+        if self._talks:  # they end when the other side leaves
+            await asyncio.wait(self._talks, timeout=5)
 
 
 @contextlib.asynccontextmanager
@@ -187,7 +188,7 @@ async def test_a_planned_model_is_looked_up_once_and_one_complete_answer_proves(
         assert watch.wakes == 1
         assert engine.asked[:2] == [MODELS, CHAT]
         assert engine.asked.count(MODELS) == 1
-        assert watch.seen() == Endpoint(rank=0, proved=True)
+        assert watch.seen() == Endpoint(rank=0, proved=True, answers=True)
 
 
 async def test_readiness_is_not_asked_again_once_it_is_proved() -> None:
@@ -273,12 +274,14 @@ async def test_proxy_variables_of_the_site_do_not_matter(monkeypatch: pytest.Mon
 async def test_hung_engines_are_seen_within_the_bound_eight_at_once_and_nobody_else_is_held_up() -> None:
     async with engines(9) as made, watched() as watch:
         for engine in made[1:]:
-            engine.answers |= {CHAT: None, METRICS: None}
+            engine.answers[CHAT] = None
         began_at = time.monotonic()
-        watch.probe(*(liveness(e, replace(POLICY, counter=Counter(name="tokens"))) for e in made))
+        watch.probe(*map(liveness, made))
         await watch.until(lambda: all(watch.seen(rank).failures >= 3 for rank in range(1, 9)))
 
         assert time.monotonic() - began_at < BOUND_S + 1
+        gaps_s = [b - a for e in made[1:] for a, b in pairwise(e.asked_at)]
+        assert 0.15 < statistics.median(gaps_s) < 0.3, "the next probe starts a period after the last one started"
         assert watch.seen(0).failures == watch.seen(0).refusals == 0
         assert len(made[0].asked) >= 3
         assert all(watch.seen(rank).refusals == 0 for rank in range(1, 9))
@@ -307,13 +310,15 @@ async def test_a_late_engine_whose_counter_rises_is_slow_and_never_failed() -> N
 
 
 async def test_a_late_engine_whose_counter_stands_fails() -> None:
-    async with engines(1) as (engine,), watched() as watch:
+    async with engines(2) as (engine, deaf), watched() as watch:
         engine.answers[CHAT] = None
         engine.tokens = lambda: 7.0
-        watch.probe(liveness(engine, replace(POLICY, counter=Counter(name="tokens"))))
-        await watch.until(lambda: watch.seen().failures >= 2)
+        deaf.answers |= {CHAT: None, METRICS: None}
+        watch.probe(*(liveness(e, replace(POLICY, counter=Counter(name="tokens"))) for e in (engine, deaf)))
+        await watch.until(lambda: watch.seen(0).failures >= 2 and watch.seen(1).failures >= 2)
 
-        assert watch.seen().last_counter == 7.0
+        assert (watch.seen(0).last_counter, watch.seen(1).last_counter) == (7.0, None)
+        assert METRICS in deaf.asked
         assert not watch.seen().slow
 
 
@@ -326,20 +331,30 @@ async def test_the_counter_is_not_asked_for_while_the_engine_answers() -> None:
         assert METRICS not in engine.asked
 
 
-@pytest.mark.parametrize(
-    ("hangs_after_s", "probes"), [(0.08, 2), (0.25, 3)], ids=["before the first look", "between the looks"]
-)
-async def test_a_probe_counts_when_the_engine_hung_early_in_it(hangs_after_s: float, probes: int) -> None:
-    """The engine is busy, so that every probe is late. The first one began before the engine hung."""
-    policy = replace(POLICY, counter=Counter(name="tokens"), liveness_timeout_s=0.4, liveness_failure_threshold=2)
-    async with engines(1) as (engine,), watched() as watch:
-        engine.answers[CHAT] = None
-        engine.tokens = lambda: min(time.monotonic() - engine.first_asked_at, hangs_after_s)
-        watch.probe(liveness(engine, policy))
-        await watch.until(lambda: watch.seen().failures >= 2)
-        last_look = len(engine.asked) - engine.asked[::-1].index(METRICS)
+async def test_a_probe_counts_when_the_engine_hung_early_in_it() -> None:
+    """Busy engines, so that every probe is late. Each hangs during its first one: before the looks, between them."""
+    policy = replace(POLICY, counter=Counter(name="tokens"), liveness_timeout_s=0.4)
+    probes: dict[int, int] = {}
+    async with engines(2) as made, watched() as watch:
 
-        assert engine.asked[:last_look].count(CHAT) == probes
+        def progress(engine: Engine, hangs_after_s: float) -> Callable[[], float]:
+            return lambda: min(time.monotonic() - engine.asked_at[0], hangs_after_s)
+
+        for engine, hangs_after_s in zip(made, (0.08, 0.25), strict=True):
+            engine.answers[CHAT] = None
+            engine.tokens = progress(engine, hangs_after_s)
+        watch.probe(*(liveness(e, policy) for e in made))
+
+        def both_failed_twice() -> bool:
+            for rank, engine in enumerate(made):
+                if watch.seen(rank).failures == 2 and rank not in probes:
+                    last_look = len(engine.asked) - engine.asked[::-1].index(METRICS)
+                    probes[rank] = engine.asked[:last_look].count(CHAT)
+            return len(probes) == 2
+
+        await watch.until(both_failed_twice)
+
+    assert probes == {0: 2, 1: 3}
 
 
 async def test_an_engine_that_says_no_is_refused_at_once() -> None:
@@ -353,7 +368,7 @@ async def test_an_engine_that_says_no_is_refused_at_once() -> None:
         assert watch.seen().proved
 
         engine.answers[CHAT] = GOOD_CHAT
-        await watch.until(lambda: watch.seen() == Endpoint(rank=0, proved=True))
+        await watch.until(lambda: watch.seen() == Endpoint(rank=0, proved=True, answers=True))
 
 
 async def test_a_closed_port_is_a_refusal() -> None:
@@ -440,7 +455,7 @@ async def main():
                          liveness_period_s=0.3, liveness_timeout_s=0.3)
     targets = {Key("actor/0", 1, rank): Target(url, policy, "liveness") for rank, url in enumerate(sys.argv[1:])}
     news = []
-    async with Prober(wake=lambda: news.append([asdict(e) for e in prober.endpoints("actor/0", 1)])) as prober:
+    async with Prober(wake=lambda: news.extend(map(asdict, prober.endpoints("actor/0", 1)))) as prober:
         prober.set_targets(targets)
         await asyncio.to_thread(sys.stdin.read)
     print(json.dumps(news))
@@ -460,7 +475,7 @@ async def test_a_stopped_coordinator_counts_nothing_against_the_engines() -> Non
         try:
             await until(lambda: min(len(e.asked) for e in made) >= 1 and sum(e.waiting for e in made) >= 2)
             os.kill(child.pid, signal.SIGSTOP)
-            await asyncio.sleep(1.5)  # the length of the stop is what is tested
+            await asyncio.sleep(1.2)  # the length of the stop is what is tested
             before = [len(e.asked) for e in made]
             os.kill(child.pid, signal.SIGCONT)
             await until(lambda: all(len(e.asked) >= n + 2 for e, n in zip(made, before, strict=True)))
@@ -470,19 +485,26 @@ async def test_a_stopped_coordinator_counts_nothing_against_the_engines() -> Non
                 child.kill()
             await child.wait()
 
-    assert json.loads(news) == [], "no endpoint ever changed"
+    for endpoint in json.loads(news):
+        assert endpoint == asdict(Endpoint(rank=endpoint["rank"], answers=endpoint["answers"]))
 
 
-async def test_a_blocked_loop_counts_nothing_against_the_engines() -> None:
+@pytest.mark.parametrize("under_way", [True, False], ids=["a probe under way", "between probes"])
+async def test_a_blocked_loop_counts_nothing_against_the_engines_and_gives_them_a_period(under_way: bool) -> None:
+    policy = replace(POLICY, liveness_period_s=0.25)
     async with engines(1) as (engine,), watched() as watch:
         engine.delay_s = 0.1
-        watch.probe(liveness(engine))
-        await watch.until(lambda: engine.waiting)
-        time.sleep(0.6)  # noqa: ASYNC251
-        enough = len(engine.asked) + 2
-        await watch.until(lambda: len(engine.asked) >= enough)
+        watch.probe(liveness(engine, policy))
+        await watch.until(lambda: watch.seen().answers)
+        if under_way:
+            await watch.until(lambda: engine.waiting)
+        time.sleep(0.5)  # noqa: ASYNC251
+        ended_at, asked = time.monotonic(), len(engine.asked)
+        await watch.until(lambda: len(engine.asked) > asked)
 
-        assert watch.wakes == 0
+        assert engine.asked_at[-1] - ended_at >= policy.liveness_period_s
+        await watch.until(lambda: not engine.waiting)
+        assert watch.wakes == 1, "nothing changed after the first answer"
 
 
 @contextlib.contextmanager
@@ -498,11 +520,22 @@ def no_descriptor_left() -> Iterator[None]:
 async def test_a_coordinator_without_descriptors_counts_nothing_against_the_engines() -> None:
     async with engines(1) as (engine,), watched() as watch:
         watch.probe(liveness(engine))
-        await watch.until(lambda: engine.asked)
+        await watch.until(lambda: watch.seen().answers)
         with no_descriptor_left():
             await watch.until(lambda: watch.seen().last_error)
-            assert watch.seen() == Endpoint(rank=0, last_error="Too many open files")
-        await watch.until(lambda: watch.seen() == Endpoint(rank=0))
+            assert watch.seen() == Endpoint(rank=0, answers=True, last_error="Too many open files")
+        await watch.until(lambda: watch.seen() == Endpoint(rank=0, answers=True))
+
+
+async def test_a_counter_that_this_host_cannot_read_says_nothing_either() -> None:
+    """Where hung requests took the last descriptors, a late engine cannot be asked whether it progresses."""
+    async with engines(1) as (engine,), watched() as watch:
+        engine.answers[CHAT] = None
+        watch.probe(liveness(engine, replace(POLICY, counter=Counter(name="tokens"))))
+        await watch.until(lambda: engine.waiting)
+        with no_descriptor_left():
+            await watch.until(lambda: watch.seen().last_error)
+            assert watch.seen() == Endpoint(rank=0, last_error="no answer within 0.2 s")
 
 
 # -------------------------------------------------------------------------------------------------------------- ports
@@ -553,10 +586,11 @@ async def test_trouble_of_this_host_is_not_an_observation(monkeypatch: pytest.Mo
     assert await connectable("n1", 1, 0.1) is None
 
 
-def test_a_connection_to_itself_is_no_open_port() -> None:
-    with socket.socket() as alone:
-        alone.bind(("127.0.0.1", 0))
-        alone.connect(alone.getsockname())
-        assert is_self_connected(alone)
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as caller:
-        assert not is_self_connected(caller)
+async def test_a_connection_to_itself_is_no_open_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = asyncio.open_connection
+
+    async def from_the_same_port(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await connect(host, port, local_addr=(host, port))
+
+    monkeypatch.setattr(asyncio, "open_connection", from_the_same_port)
+    assert await connectable("127.0.0.1", free_port(), 1) is False

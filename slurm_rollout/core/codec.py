@@ -38,7 +38,7 @@ def decode(kind: type[T], data: Any) -> T:
     """
     try:
         return cast(T, _decode(kind, data))
-    except (TypeError, KeyError, AttributeError) as e:
+    except (TypeError, KeyError, AttributeError, OverflowError) as e:
         raise ValueError(f"not a {kind.__name__}: {e}") from None
 
 
@@ -56,6 +56,8 @@ def _decode(kind: Any, data: Any) -> Any:
         inner = [a for a in get_args(kind) if a is not type(None)]
         return None if data is None else _decode(inner[0], data)
     if origin is tuple:
+        if not isinstance(data, list | tuple):  # text would fall apart into letters
+            raise TypeError(f"{data!r} is not a list")
         args = get_args(kind)
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_decode(args[0], v) for v in data)
@@ -65,6 +67,6 @@ def _decode(kind: Any, data: Any) -> Any:
         return {(int(k) if key is int else k): _decode(value, v) for k, v in data.items()}
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return kind(data)
-    if kind is float:
-        return float(data)
-    return data
+    if not isinstance(data, int | float if kind is float else kind) or (isinstance(data, bool) and kind is not bool):
+        raise TypeError(f"{data!r} is not {kind.__name__}")
+    return kind(data)

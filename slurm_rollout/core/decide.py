@@ -15,6 +15,7 @@ from slurm_rollout.core.model import (
     GroupObservation,
     GroupState,
     Job,
+    Marks,
     Observation,
     Process,
     Request,
@@ -130,8 +131,8 @@ def _obey(ctx: Context, g: GroupState, request: Request) -> tuple[GroupState, st
             return to(ctx, g, Phase.DRAINING, Reason.OPERATOR, by, charge=None), "drains"
         return stop(ctx, g, Reason.OPERATOR, by, drain=True), "drains"
     if g.phase in (Phase.FAILED, Phase.STOPPED):
-        fresh = {"runtime_failures": (), "start_failures": (), "charge": None, "not_before": ctx.obs.now}
-        return to(ctx, g, Phase.FENCING, Reason.OPERATOR, by, **fresh), "starts again, with a fresh budget"
+        g = replace(g, runtime_failures=(), start_failures=(), charge=None, not_before=ctx.obs.now, marks=Marks())
+        return to(ctx, g, Phase.FENCING, Reason.OPERATOR, by), "starts again, with a fresh budget"
     if g.phase is Phase.DRAINING:
         return g, "is draining: ask again when it is stopped"
     if g.phase is Phase.BACKOFF:
@@ -172,13 +173,16 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
 
 
 def _most_time_out(run: RunState, contexts: dict[str, Context]) -> bool:
-    """Tell whether more than half of the groups time out and no step ended: then we are the suspect, not they."""
+    """Tell whether more than half of the groups time out and no step ended: then we are the suspect, not they.
+
+    A suspicion lasts while any group times out: the restart of one that its agent gave up must not convict the others.
+    """
     alive = [g for g in run.groups if g.phase in ALIVE]
     seen = [contexts[g.id].seen for g in alive]
     if any(s.exit is not None or s.process is not Process.RUNNING for group in seen for s in group.steps):
         return False
     late = [s for s in seen if any(e.failures and not e.refusals for e in s.endpoints)]
-    return bool(late) and 2 * len(late) > len(alive)
+    return bool(late) and (2 * len(late) > len(alive) or run.suspect_self_since is not None)
 
 
 def _suspect_self(run: RunState, contexts: dict[str, Context], obs: Observation, events: list[Event]) -> RunState:

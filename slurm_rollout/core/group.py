@@ -38,6 +38,8 @@ REPEAT_S = 5.0
 
 _NO_STEPS: dict[str, Any] = {"steps": (), "stop_sent_at": None, "cancel_sent_at": None, "sweep_sent_at": None}
 
+ASKING = "every step of the run ended: asking Slurm whether the job is ending"
+
 SWEEP_AFTER_S = 1.0
 """A port that still accepts connections this long after everything ended is worth a step that looks why."""
 
@@ -158,7 +160,7 @@ def stop(ctx: Context, g: GroupState, reason: Reason, message: str, *, drain: bo
             return to(ctx, g, Phase.STOPPED, reason, message)
         if g.phase in (Phase.PENDING, Phase.BACKOFF, Phase.FAILED):
             return to(ctx, g, Phase.STOPPED, reason, message, charge=None)
-        return to(ctx, g, Phase.DRAINING, reason, message, charge=None)
+        return to(ctx, g, Phase.DRAINING, reason, message, charge=None, marks=Marks(seen_at=ctx.obs.now))
     return to(
         ctx,
         g,
@@ -209,7 +211,7 @@ def _fencing(ctx: Context, g: GroupState, out: Out) -> GroupState:
     sweeps = [s for s in ctx.seen.steps if s.sweep]
     sweeping = _not_ended(ctx, g, sweeps, out)
     busy = ctx.seen.ports_open
-    if busy is None:
+    if busy is None or not _all_seen(ctx, g):
         return g
     if not busy and not sweeping:
         return _fenced(ctx, g, out)
@@ -255,7 +257,7 @@ def _fenced(ctx: Context, g: GroupState, out: Out) -> GroupState:
         out.events.append(event(g, "waiting", f"next start in {delay:.0f} s", delay_s=round(delay, 1)))
         return to(ctx, g, Phase.BACKOFF, g.reason, f"next start in {delay:.0f} s", **_NO_STEPS)
     if not _job_goes_on(ctx, g, out):
-        return replace(g, message="every step of the run ended: asking Slurm whether the job is ending")
+        return replace(g, message=ASKING)
     return _launch(ctx, g, out)
 
 
@@ -317,8 +319,8 @@ def _starting(ctx: Context, g: GroupState, out: Out) -> GroupState:
                 out.events.append(event(g, "fence_waits", waiting_for))
             g = replace(g, message=waiting_for)
         if len(steps) < len(ctx.group.nodes) or not all(s.fenced for s in steps):
-            out.wake(g.since + ctx.plan.slurm.launch_timeout_s)
-            out.wake(g.since + ctx.plan.slurm.launch_timeout_s + ctx.pool.fence.timeout_s)
+            limit = g.since + ctx.plan.slurm.launch_timeout_s
+            out.wake(limit if now < limit else limit + ctx.pool.fence.timeout_s)
             return g
         launched = g.marks.launched_at if g.marks.launched_at is not None else now
         out.events.append(event(g, "go", "every node is fenced", launch_s=round(now - launched, 3)))
@@ -373,7 +375,8 @@ def _serving(ctx: Context, g: GroupState, out: Out) -> GroupState:
         worst = refusing[0]
         out.events.append(event(g, "unready", worst.last_error, rank=worst.rank, reason=Reason.ANSWERS_ERROR))
         return to(ctx, g, Phase.UNREADY, Reason.ANSWERS_ERROR, f"rank {worst.rank}: {worst.last_error}")
-    if g.phase is Phase.UNREADY and not any(e.refusals or e.failures for e in ctx.seen.endpoints):
+    answering = {e.rank for e in ctx.seen.endpoints if e.answers and not e.refusals and not e.failures}
+    if g.phase is Phase.UNREADY and answering.issuperset(m.rank for m in ctx.group.entrypoints):
         out.events.append(event(g, "ready", "answers again", reason=""))
         return to(ctx, g, Phase.READY, Reason.NONE)
     return g
@@ -383,8 +386,10 @@ def _stopping(ctx: Context, g: GroupState, out: Out) -> GroupState:
     living = _not_ended(ctx, g, ctx.seen.steps, out)
     if g.phase is Phase.STOPPING and g.goes_to is Phase.FENCING:
         _job_goes_on(ctx, g, out)  # asked while the steps end, so that nobody waits for the answer
-    if living or len(ctx.seen.steps) < len(g.steps):
+    if living or not _all_seen(ctx, g):
         return _end_steps(ctx, g, out, living)
+    if g.goes_to is Phase.FAILED and g.phase is Phase.STOPPING and not _job_goes_on(ctx, g, out):
+        return replace(g, message=ASKING)
     now = ctx.obs.now
     since = g.marks.seen_at if g.marks.seen_at is not None else g.since
     g = replace(g, marks=replace(g.marks, stopped_at=now, fenced_at=None), **_NO_STEPS)
@@ -436,6 +441,11 @@ _HANDLERS: dict[Phase, Callable[[Context, GroupState, Out], GroupState]] = {
 
 
 # -------------------------------------------------------------------------------------------------------------- ending
+
+
+def _all_seen(ctx: Context, g: GroupState) -> bool:
+    """Tell whether every step of the state was observed: one that was not may live."""
+    return {(s.node, s.sweep) for s in ctx.seen.steps}.issuperset((s.node, s.sweep) for s in g.steps)
 
 
 def _not_ended(ctx: Context, g: GroupState, steps: Any, out: Out) -> list[StepObservation]:

@@ -48,6 +48,7 @@ def fold(endpoint: Endpoint, result: ProbeResult) -> Endpoint:
         return replace(
             endpoint,
             proved=endpoint.proved or result.kind == "readiness",
+            answers=True,
             failures=0,
             refusals=0,
             slow=False,
@@ -57,6 +58,7 @@ def fold(endpoint: Endpoint, result: ProbeResult) -> Endpoint:
     after = replace(
         endpoint,
         mismatch=result.mismatch or endpoint.mismatch,
+        answers=False,
         # a late answer says neither yes nor no
         refusals=endpoint.refusals + 1 if result.answered else endpoint.refusals,
         last_error=result.error,

@@ -166,6 +166,8 @@ class Endpoint:
     last_error: str = ""
     last_counter: float | None = None
     first_failure_at: float | None = None
+    # Of the newest probe alone, not a sum: False also while a new coordinator has not looked yet.
+    answers: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,7 +60,7 @@ class Reason(StrEnum):
 P = Phase
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
-    P.PENDING: frozenset({P.FENCING, P.DRAINING, P.STOPPED}),
+    P.PENDING: frozenset({P.FENCING, P.STOPPED}),
     P.FENCING: frozenset({P.BACKOFF, P.STARTING, P.FAILED, P.STOPPED, P.DRAINING}),
     P.BACKOFF: frozenset({P.FENCING, P.STOPPED}),  # time passed: the ports are looked at once more
     P.STARTING: frozenset({P.READY, P.STOPPING, P.DRAINING}),

@@ -518,7 +518,8 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE Sta
                 proc = Path(f"/proc/{pid}")
                 if space and os.readlink(proc / "ns/pid") != space:
                     continue
-                if mark.encode() in (proc / "cmdline").read_bytes() + (proc / "environ").read_bytes():
+                text = (proc / "cmdline").read_bytes() + (proc / "environ").read_bytes()
+                if mark.encode() in text.replace(b"\0", b" "):
                     found.append(pid)
         return found
 

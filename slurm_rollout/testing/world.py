@@ -291,6 +291,8 @@ class World:
                 if step.process is not Process.RUNNING or step.exit is not None or step.node in self.deaf:
                     continue
                 if step.sweep:
+                    if any(port.startswith(f"{step.node}:") for port in self.ports_open.get(g.id) or ()):
+                        continue  # waits for it
                     record = ExitRecord(cause="swept", message="")
                     step = replace(step, exit=record, process=Process.EXITED, exited_at=self.now, exit_code=0)
                 else:
@@ -298,7 +300,9 @@ class World:
                 self.steps[key] = step
             if keys and all(self.steps[k].started is not None for k in keys):
                 for member in self.plan.group(g.id).entrypoints:
-                    self.endpoints[g.id, g.incarnation, member.rank] = Endpoint(rank=member.rank, proved=True)
+                    self.endpoints[g.id, g.incarnation, member.rank] = Endpoint(
+                        rank=member.rank, proved=True, answers=True
+                    )
         return before != (self.steps, self.endpoints)
 
     def make_ready(self) -> None:
@@ -347,7 +351,7 @@ class World:
     def prove(self, group: str) -> None:
         """Every entrypoint of the current incarnation answers a real request."""
         for member in self.plan.group(group).entrypoints:
-            self.probe(group, member.rank, proved=True)
+            self.probe(group, member.rank, proved=True, answers=True)
 
     def probe(self, group: str, rank: int, **facts: object) -> None:
         """Change what the probes of one entrypoint add up to."""

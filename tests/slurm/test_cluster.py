@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm_rollout.testing.slurm_cluster import BASE, SlurmCluster, SlurmClusterError, wait_until
+from slurm_rollout.testing.slurm_cluster import BASE, FREEZER, SlurmCluster, SlurmClusterError, wait_until
 
 WHOLE_CLUSTER = ("-N4", "--exclusive", "--gres=gpu:8", "--output=job.out")
 CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1)"
@@ -161,6 +161,17 @@ def test_clusters_live_side_by_side(cluster: SlurmCluster) -> None:
         assert cluster.run(["squeue", "--noheader"]).stdout == ""
     assert not other.root.exists()
     cluster.wait_idle()
+
+
+@pytest.mark.skipif(not FREEZER.exists(), reason=f"proctrack/cgroup needs cgroup v1; there is no {FREEZER}")
+def test_cgroup_proctrack_ends_what_left_its_parents() -> None:
+    with SlurmCluster(nodes=1, proctrack="cgroup") as cluster:
+        job = cluster.sbatch(script("(setsid sleep 601 &); sleep 600"))
+        cluster.wait_job(job, "RUNNING")
+        wait_until("the daemon runs", lambda: bool(cluster.user_pids("sleep 601")), timeout_s=10)
+        cluster.cancel(job)
+        wait_until("no process left", lambda: not cluster.user_pids(), timeout_s=10)
+    assert not list(FREEZER.glob(f"slurm_n*/uid_{cluster.uid}"))
 
 
 def test_killed_owner_leaves_nothing_after_the_next_start(tmp_path: Path) -> None:

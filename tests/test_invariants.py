@@ -1,0 +1,385 @@
+"""Whatever happens to a fleet, in whatever order: the invariants of the decisions hold after every tick.
+
+One machine turns a world in memory: engines die, sruns vanish while their steps live on, agents go deaf, Slurm goes
+blind or answers late, ports stay open, probes lie, time jumps, operators ask, coordinators die between their journal
+and their deeds. At the end of each example the faults end, and every group must become ready, and then the run end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from slurm_rollout.core.decide import decide, is_over
+from slurm_rollout.core.model import (
+    Cancel,
+    Decision,
+    Go,
+    GroupState,
+    Job,
+    Launch,
+    Listing,
+    Observation,
+    Process,
+    RunState,
+    Stop,
+)
+from slurm_rollout.core.phases import ALIVE, Phase, PoolPhase, Reason
+from slurm_rollout.core.plan import FencePolicy, ProbePolicy, ProbeRequest, RestartPolicy, StopPolicy
+from slurm_rollout.testing.world import World, make_plan
+
+WINDOW_S = 1000.0
+STEP_ENDS = ("kill", "vanish", "orphan", "refused")
+
+
+@dataclass
+class Ledger:
+    """What the machine itself remembers of a group, to judge the decisions by."""
+
+    runtime_failures: list[float] = field(default_factory=list)  # of incarnations that were ready
+    start_failures: list[float] = field(default_factory=list)
+    pending: tuple[str, float] | None = None  # a failure whose launch has not come yet
+    last_end: float = 0.0
+
+
+class Fleet(RuleBasedStateMachine):
+    world: World
+
+    @initialize(groups=st.integers(1, 3), nodes=st.integers(1, 2), budget=st.integers(0, 3), up=st.booleans())
+    def begin(self, groups: int, nodes: int, budget: int, up: bool) -> None:
+        plan = make_plan(
+            groups,
+            nodes,
+            probe=ProbePolicy(request=ProbeRequest(), startup_timeout_s=200.0),
+            restart=RestartPolicy(max_restarts=budget, max_start_failures=budget, window_s=WINDOW_S),
+            stop=StopPolicy(grace_s=0.5),
+            fence=FencePolicy(timeout_s=30.0),
+        )
+        self.world = World(plan)
+        self.ledgers = {g.id: Ledger() for g in plan.groups}
+        self.late_answer: Listing | None = None
+        self.proved: set[tuple[str, int, int]] = set()
+        if up:
+            self.until(lambda: self.world.phases() == {Phase.READY})
+
+    # ------------------------------------------------------------------------------------------------ what can happen
+
+    def some_group(self, data: st.DataObject) -> GroupState:
+        return data.draw(st.sampled_from(self.world.state.groups), label="group")
+
+    @rule(after_s=st.sampled_from([0.01, 0.01, 0.3, 1.2, 6.0, 31.0, 130.0, 700.0]), times=st.integers(1, 4))
+    def time_passes(self, after_s: float, times: int) -> None:
+        for _ in range(times):
+            self.tick(after_s)
+
+    @rule(times=st.integers(2, 8), pause_s=st.sampled_from([0.01, 0.01, 3.0]))
+    def everybody_works(self, times: int, pause_s: float) -> None:
+        for _ in range(times):
+            self.tick(pause_s)
+            self.settle()
+
+    @rule(data=st.data(), how=st.sampled_from(STEP_ENDS))
+    def a_step_ends(self, data: st.DataObject, how: str) -> None:
+        w, g = self.world, self.some_group(data)
+        running = [
+            s.node
+            for s in g.steps
+            if not s.sweep
+            and (seen := w.steps.get((g.id, g.incarnation, s.node, False)))
+            and seen.process is Process.RUNNING
+            and seen.exit is None
+        ]
+        if not running:
+            return
+        node = data.draw(st.sampled_from(running), label="node")
+        if how == "kill":
+            w.kill(g.id, w.plan.group(g.id).on(node)[0].rank)
+        elif how == "refused" and g.phase is Phase.STARTING:
+            words = data.draw(st.sampled_from(["", "Unable to contact slurm controller", "invalid node"]))
+            w.vanish(g.id, node, spoke=False, stderr=words)
+        else:
+            w.vanish(g.id, node, lives=how == "orphan")
+        self.tick(0.01)
+
+    @rule(data=st.data(), lives=st.booleans())
+    def a_sweep_vanishes(self, data: st.DataObject, lives: bool) -> None:
+        w, g = self.world, self.some_group(data)
+        for s in g.steps:
+            key = (g.id, g.incarnation, s.node, True)
+            if s.sweep and key in w.steps and w.steps[key].process is Process.RUNNING:
+                w.vanish(g.id, s.node, sweep=True, lives=lives)
+
+    @rule()
+    def everything_ends(self) -> None:
+        w = self.world
+        for g in w.state.groups:
+            for s in g.steps:
+                key = (g.id, g.incarnation, s.node, False)
+                if key in w.steps and w.steps[key].process is Process.RUNNING and w.steps[key].exit is None:
+                    w.kill(g.id, w.plan.group(g.id).on(s.node)[0].rank)
+        self.tick(0.01)
+
+    @rule(data=st.data(), sort=st.sampled_from(["deaf", "undying"]))
+    def a_node_goes_bad_or_good(self, data: st.DataObject, sort: str) -> None:
+        nodes = self.world.deaf if sort == "deaf" else self.world.undying
+        nodes ^= {data.draw(st.sampled_from(self.world.plan.nodes), label="node")}
+
+    @rule(blind=st.booleans())
+    def slurm_goes(self, blind: bool) -> None:
+        self.world.blind = blind
+
+    @rule()
+    def slurm_is_asked(self) -> None:
+        self.late_answer = self.world.snapshot()
+
+    @precondition(lambda self: self.late_answer is not None)
+    @rule()
+    def slurm_s_answer_comes_late(self) -> None:
+        self.world.listing = self.late_answer
+
+    @rule(job=st.sampled_from([Job.RUNNING, Job.RUNNING, Job.UNKNOWN]), age_s=st.sampled_from([0.0, 10.0]))
+    def the_job_is_looked_at(self, job: Job, age_s: float) -> None:
+        self.world.job, self.world.job_asked_at = job, self.world.now - age_s
+
+    @rule(data=st.data(), ports=st.sampled_from(["open", "closed", "unknown"]))
+    def ports_are(self, data: st.DataObject, ports: str) -> None:
+        w, g = self.world, self.some_group(data)
+        node = w.plan.group(g.id).nodes[-1]
+        w.ports_open[g.id] = {"open": (f"{node}:18000",), "closed": (), "unknown": None}[ports]
+        if ports == "open" and g.phase in ALIVE:
+            w.kill(g.id, w.plan.group(g.id).leader.rank)
+
+    @rule(
+        data=st.data(),
+        said=st.sampled_from(["fine", "late", "late", "no", "no", "late and no", "slow"]),
+        failures=st.sampled_from([1, 3, 4, 5]),
+        agent=st.sampled_from([0, 3, 4]),
+    )
+    def probes_say(self, data: st.DataObject, said: str, failures: int, agent: int) -> None:
+        w, g = self.world, self.some_group(data)
+        member = data.draw(st.sampled_from(w.plan.group(g.id).entrypoints), label="member")
+        late = failures if said.startswith("late") else 0
+        no = 2 if said.endswith("no") else 0
+        fine = said == "fine"
+        w.probe(g.id, member.rank, failures=late, refusals=no, slow=said == "slow", answers=fine, last_error="x")
+        if (g.id, g.incarnation, member.node, False) in w.steps:
+            w.change(g.id, member.node, failing={member.rank: agent})
+        self.tick(0.01)
+
+    @rule(data=st.data(), what=st.sampled_from(["mismatch", "stranger", "waiting"]))
+    def something_odd_is_seen(self, data: st.DataObject, what: str) -> None:
+        w, g = self.world, self.some_group(data)
+        member = data.draw(st.sampled_from(w.plan.group(g.id).members), label="member")
+        if what == "mismatch":
+            w.probe(g.id, member.rank, mismatch="another model")
+        elif (g.id, g.incarnation, member.node, False) in w.steps:
+            seen = {"stranger": "nginx" if what == "stranger" else "", "waiting_for": "a port of nginx"}
+            w.change(g.id, member.node, sweep=False, **seen)
+        self.tick(0.01)
+
+    @rule(data=st.data(), verb=st.sampled_from(["restart", "drain", "resume", "resume", "nonsense"]))
+    def the_operator_asks(self, data: st.DataObject, verb: str) -> None:
+        self.world.ask(verb, self.some_group(data).id)
+        self.tick(0.01)
+
+    @rule(act=st.booleans())
+    def the_coordinator_dies(self, act: bool) -> None:
+        self.tick(0.01, act=act)
+        self.world.restart()
+        self.late_answer = None
+
+    @rule(how=st.sampled_from(["signal", "job"]))
+    @precondition(lambda self: len(self.world.decisions) > 40)
+    def the_run_is_to_end(self, how: str) -> None:
+        if how == "signal":
+            self.world.stop_signal = True
+        else:
+            self.world.ask_job(Job.ENDING)
+
+    # ----------------------------------------------------------------------------------------------------- one tick
+
+    def settle(self) -> bool:
+        changed = self.world.settle()
+        self.proved |= {k for k, e in self.world.endpoints.items() if e.proved}
+        return changed
+
+    def tick(self, after_s: float, *, act: bool = True) -> Decision:
+        w = self.world
+        before = w.state
+        w.now += after_s
+        obs = w.observe()
+        living = {g.id: w.living(g.id) for g in before.groups}
+        decision = w.tick(0.0, act=act)
+        self.the_decision_repeats_itself_and_then_rests(before, obs, decision)
+        self.numbers_never_fall(before, decision.state)
+        self.only_what_is_proved_serves(before, obs, decision)
+        for action in decision.actions:
+            if isinstance(action, Launch):
+                self.a_launch_has_the_field_to_itself(action, before, obs, decision, living[action.group])
+            elif isinstance(action, Go):
+                self.go_follows_the_last_fence(action, obs)
+        self.the_budget_holds(before, decision)
+        self.one_incarnation_lives()
+        return decision
+
+    def the_decision_repeats_itself_and_then_rests(self, before: RunState, obs: Observation, made: Decision) -> None:
+        plan = self.world.plan
+        assert decide(plan, before, obs) == made
+        again = decide(plan, made.state, replace(obs, requests=()))
+        assert again.state == made.state
+        assert again.actions == ()
+        assert again.events == ()
+        assert made.wake_at is None or made.wake_at > obs.now
+
+    def numbers_never_fall(self, before: RunState, after: RunState) -> None:
+        assert after.epoch == before.epoch + (after.serving != before.serving)
+        assert after.term == before.term
+        for old, new in zip(before.groups, after.groups, strict=True):
+            assert new.incarnation in (old.incarnation, old.incarnation + 1)
+            assert new.restarts >= old.restarts
+
+    def only_what_is_proved_serves(self, before: RunState, obs: Observation, decision: Decision) -> None:
+        after = decision.state
+        assert after.serving == tuple((g.id, g.incarnation) for g in after.groups if g.phase is Phase.READY)
+        for old, g in zip(before.groups, after.groups, strict=True):
+            entrypoints = self.world.plan.group(g.id).entrypoints
+            seen = obs.group(g.id)
+            assert seen is not None
+            if g.phase in ALIVE:
+                assert {(g.id, g.incarnation, m.rank) for m in entrypoints} <= self.proved
+                assert all(s.exit is None and s.process is Process.RUNNING for s in seen.steps)
+                assert not any(e.mismatch for e in seen.endpoints)
+            if g.phase is Phase.READY:
+                assert not any(e.refusals >= 2 for e in seen.endpoints)
+                if old.phase is not Phase.READY:
+                    assert {m.rank for m in entrypoints} <= {e.rank for e in seen.endpoints if e.answers}
+            if old.phase is not Phase.FAILED and g.phase is Phase.FAILED:
+                assert any(e.type == "failed" and e.group == g.id for e in decision.events)
+        touched = {a.group for a in decision.actions if isinstance(a, Stop | Cancel | Launch)}
+        assert not touched & {g for g, _ in after.serving}
+
+    def a_launch_has_the_field_to_itself(
+        self, action: Launch, before: RunState, obs: Observation, decision: Decision, living: set[int]
+    ) -> None:
+        old, seen = before.group(action.group), obs.group(action.group)
+        assert seen is not None
+        assert not living, "a step of it lives"
+        assert not before.ending
+        if action.sweep:
+            assert seen.ports_open
+            assert set(action.nodes) <= set(self.world.plan.group(action.group).nodes)
+            return
+        assert seen.ports_open == (), "its ports were not seen closed"
+        assert action.incarnation == old.incarnation + 1
+        assert action.nodes == self.world.plan.group(action.group).nodes
+        assert obs.now >= old.not_before or obs.requests
+        ended_at = self.ledgers[action.group].last_end
+        others = any(
+            s.process is Process.RUNNING and s.exit is None for g in obs.groups if g.id != action.group for s in g.steps
+        )
+        if ended_at and not others:
+            asked = obs.job is Job.RUNNING and obs.job_asked_at is not None and obs.job_asked_at >= ended_at
+            assert asked, "nothing else runs, and nobody knows whether the job goes on"
+
+    def go_follows_the_last_fence(self, action: Go, obs: Observation) -> None:
+        seen = obs.group(action.group)
+        assert seen is not None
+        assert {s.node for s in seen.steps if s.fenced} == set(self.world.plan.group(action.group).nodes)
+
+    def the_budget_holds(self, before: RunState, decision: Decision) -> None:
+        policy, now = self.world.plan.pools[0].restart, self.world.now
+        for old, g in zip(before.groups, decision.state.groups, strict=True):
+            ledger = self.ledgers[g.id]
+            if old.phase in (Phase.FAILED, Phase.STOPPED) and g.phase not in (Phase.FAILED, Phase.STOPPED):
+                self.ledgers[g.id] = ledger = Ledger()
+            for event in decision.events:
+                if event.group != g.id:
+                    continue
+                if event.type == "failure":
+                    self.book(ledger)
+                    ledger.last_end = now
+                    assert g.failure is not None
+                    charged = g.charge is not None or g.goes_to is Phase.FAILED
+                    kind = "start" if g.failure.startup else "runtime"
+                    assert g.failure.startup is (old.phase not in ALIVE)
+                    assert charged or g.failure.reason in (Reason.TAKEOVER, Reason.LAUNCH_FAILED)
+                    ledger.pending = (kind, now) if charged else None
+                elif event.type == "launching":
+                    self.book(ledger)
+                elif event.type == "failed":
+                    ledger.pending = None
+            if g.reason is Reason.OPERATOR and g.phase in (Phase.STOPPING, Phase.DRAINING):
+                ledger.pending = None
+                ledger.last_end = g.marks.seen_at or 0.0
+            for times, most in (
+                (ledger.runtime_failures, policy.max_restarts),
+                (ledger.start_failures, policy.max_start_failures),
+            ):
+                assert len([t for t in times if now - t < WINDOW_S]) <= most
+
+    def book(self, ledger: Ledger) -> None:
+        if ledger.pending is not None:
+            kind, at = ledger.pending
+            (ledger.start_failures if kind == "start" else ledger.runtime_failures).append(at)
+            ledger.pending = None
+
+    def one_incarnation_lives(self) -> None:
+        for g in self.world.state.groups:
+            assert self.world.living(g.id) <= {g.incarnation}
+
+    # --------------------------------------------------------------------------------------------------- how it ends
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        w = self.world
+        w.deaf.clear()
+        w.undying.clear()
+        w.orphans.clear()
+        w.blind = False
+        w.ports_open.clear()
+        self.forget_odd_sights()
+        if not w.state.ending and not w.stop_signal and w.job is not Job.ENDING:
+            self.until(lambda: w.phases() <= {Phase.READY, Phase.FAILED, Phase.STOPPED})
+            resting = [g.id for g in w.state.groups if g.phase in (Phase.FAILED, Phase.STOPPED)]
+            if resting:
+                w.ask("resume", *resting)
+                self.tick(0.01)
+            self.until(lambda: w.phases() == {Phase.READY})
+            assert w.state.phase is PoolPhase.READY
+            assert all(w.living(g.id) == {g.incarnation} for g in w.state.groups)
+        w.stop_signal = True
+        self.until(lambda: is_over(w.state))
+        assert not any(w.living(g.id) for g in w.state.groups)
+
+    def forget_odd_sights(self) -> None:
+        w = self.world
+        w.endpoints = {k: replace(e, mismatch="", failures=0, refusals=0) for k, e in w.endpoints.items()}
+        w.steps = {k: replace(s, stranger="", failing={}) for k, s in w.steps.items()}
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Time passes only to the moments that `decide` names: if it forgot one, this never ends well."""
+        w = self.world
+        for _ in range(150):
+            if done():
+                return
+            decision = self.tick(0.01)
+            asked = decision.actions or decision.wants.listing or decision.wants.job
+            if not self.settle() and not asked and decision.wake_at is not None:
+                w.now = max(w.now, decision.wake_at)
+        raise AssertionError(f"not reached: {[(g.id, g.phase.value, g.message) for g in w.state.groups]}")
+
+
+TestFleet = Fleet.TestCase
+TestFleet.settings = settings(
+    derandomize=True,
+    max_examples=250,
+    stateful_step_count=50,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
