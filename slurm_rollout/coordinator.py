@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -409,6 +410,9 @@ def main(argv: list[str] | None = None) -> int:
     proc.die_with_parent(signal.SIGTERM)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Every probe in flight holds a descriptor; the soft limit of 1,024 makes a fleet of that size blind.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     run = RunDir(args.run_dir)
     os.umask(0o077)
     try:

@@ -114,9 +114,17 @@ def event_files(run: RunDir) -> list[Path]:
 
 
 def read_events(run: RunDir) -> Iterator[dict[str, Any]]:
-    """Yield every complete event, oldest first; a half-written last line is left out."""
+    """Yield every complete event, oldest first; a half-written last line is left out.
+
+    Raises:
+        CorruptFile: a line is not JSON.
+    """
     for path in event_files(run):
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                if line.endswith("\n"):
+                if not line.endswith("\n"):
+                    continue
+                try:
                     yield json.loads(line)
+                except ValueError as e:
+                    raise CorruptFile(f"{path}: {e}") from None

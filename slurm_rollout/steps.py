@@ -32,6 +32,7 @@ from slurm_rollout.core.model import (
 )
 from slurm_rollout.core.names import MARK, mark, step_name
 from slurm_rollout.core.plan import FleetPlan, GroupPlan, Member
+from slurm_rollout.engines.command import at_launch
 from slurm_rollout.rundir import RunDir
 
 log = logging.getLogger("slurm_rollout")
@@ -303,7 +304,7 @@ class Steps:
             "rank": member.rank,
             "local_rank": member.local_rank,
             "gpus": list(member.gpus),
-            "argv": [a.replace("{incarnation}", str(key.incarnation)) for a in member.argv],
+            "argv": list(at_launch(member.argv, key.incarnation)),
             "env": {
                 **pool.env.variables,
                 **member.variables,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -153,10 +154,9 @@ def test_a_whole_life(node: Node, tmp_path: Path, mode: Path, interpreter: str) 
     port = free_port()
     log = tmp_path / "logs" / "actor" / "1" / "0.log"
     show = (
-        "import json, os, resource, sys\n"
-        "print(json.dumps(dict(env=dict(os.environ), core=resource.getrlimit(resource.RLIMIT_CORE)[0],"
-        " stdin=os.readlink('/proc/self/fd/0'), group=os.getpgid(0), fds=sorted(os.listdir('/proc/self/fd')),"
-        " blocked=[l for l in open('/proc/self/status') if l.startswith(('SigBlk', 'SigIgn'))])), flush=True)\n"
+        "import json, os, sys\n"
+        "print(json.dumps(dict(env=dict(os.environ), stdin=os.readlink('/proc/self/fd/0'),"
+        " group=os.getpgid(0), fds=os.listdir('/proc/self/fd'))), flush=True)\n"
         "print('to stderr', file=sys.stderr, flush=True)\n"
     )
     probe = probing(period_s=0.05)
@@ -175,8 +175,7 @@ def test_a_whole_life(node: Node, tmp_path: Path, mode: Path, interpreter: str) 
     assert seen["env"]["MINE"] == "1"
     assert seen["env"]["ROLLOUT_MARK"] == node.mark()
     assert "ROLLOUT_STEP" not in seen["env"]
-    assert (seen["core"], seen["stdin"], seen["group"]) == (0, "/dev/null", pid)
-    assert seen["blocked"] == ["SigBlk:\t0000000000000000\n", "SigIgn:\t0000000001001000\n"], "Python's own two"
+    assert (seen["stdin"], seen["group"]) == ("/dev/null", pid)
     assert len(seen["fds"]) == 4, "standard ones, and the folder that it lists"
     assert [stat.S_IMODE(p.stat().st_mode) for p in (log, log.parent, log.parent.parent)] == [0o600, 0o700, 0o700]
     assert stat.S_IMODE(node.state_dir.stat().st_mode) == 0o700
@@ -187,6 +186,20 @@ def test_a_whole_life(node: Node, tmp_path: Path, mode: Path, interpreter: str) 
     ]  # fmt: skip
     assert not node.listed()
     assert agent.stderr.read_text() == ""
+
+
+def test_engines_inherit_no_dispositions_and_no_core_dumps(node: Node, tmp_path: Path) -> None:
+    def allow_core_dumps() -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+
+    log = tmp_path / "0.log"
+    show = "grep -E 'SigBlk|SigIgn' /proc/self/status; ulimit -c; echo end; exec sleep 600"
+    agent = node.agent(member(argv=["sh", "-c", show], log=str(log)), popen={"preexec_fn": allow_core_dumps})
+    agent.go()
+    until(lambda: log.read_text().endswith("end\n"), "the engine's output")
+    assert log.read_text().split() == ["SigBlk:", "0" * 16, "SigIgn:", "0" * 16, "0", "end"]
+    agent.stop()
 
 
 def test_go_twice_starts_once(node: Node, tmp_path: Path) -> None:
@@ -535,6 +548,19 @@ def test_grace_ends(node: Node, tmp_path: Path) -> None:
     until(log.read_text, "the engine")
     agent.stop()
     assert not alive(pid)
+
+
+def test_no_grace_where_an_engine_is_dead_already(node: Node, tmp_path: Path) -> None:
+    log = tmp_path / "1.log"
+    agent = node.agent(member(0), member(1, argv=python(STAYS), log=str(log)), stop={"grace_s": 600})
+    first, _ = agent.go()
+    until(log.read_text, "the engine")
+    agent.send(signal.SIGSTOP)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: not alive(first), "its end")
+    agent.send(signal.SIGUSR1)
+    agent.send(signal.SIGCONT)  # it sees both at once
+    agent.stop()
 
 
 def test_without_grace_nobody_is_asked(node: Node, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -74,6 +75,18 @@ def test_nobody_else_is_ended(node: Node, tmp_path: Path) -> None:
     assert all(map(alive, others))
     agent.stop()
     assert all(map(alive, others))
+
+
+def test_a_child_of_a_leftover_is_spared_where_it_carries_another_groups_mark(node: Node, tmp_path: Path) -> None:
+    pidfile = tmp_path / "child.pid"
+    other = node.mark(group="actor/1")
+    code = f"ROLLOUT_MARK={other} sh -c 'echo $$ > {pidfile}.new; mv {pidfile}.new {pidfile}; exec sleep 600'; true"
+    parent = node.bystander(mark=node.mark(), argv=["sh", "-c", code])
+    child = pid_in(pidfile)
+    agent = node.agent(member(), incarnation=2)
+    assert [e["pid"] for e in agent.saw("fenced")["ended"]] == [parent]
+    assert alive(child)
+    agent.stop()
 
 
 def test_what_an_older_list_names_is_ended_but_never_a_reused_pid(node: Node) -> None:
@@ -296,19 +309,28 @@ def test_a_holder_of_another_user_is_named_as_far_as_it_can_be(monkeypatch: pyte
         assert module.busy(port) == expected
 
 
-def test_every_change_of_what_it_waits_for_is_told_once(node: Node) -> None:
+def test_every_change_of_what_it_waits_for_is_told_once(node: Node, tmp_path: Path) -> None:
     first, second = free_port(), free_port()
+    looks = tmp_path / "looks"
+    looks.touch()
+    count = f"real = g['busy']\ng['busy'] = lambda port: open({str(looks)!r}, 'a').write('x') and real(port)"
+
+    def looked_again() -> None:
+        wanted = looks.stat().st_size + 6
+        until(lambda: looks.stat().st_size >= wanted, "three more looks at both ports")
+
     with occupied(second):
         with occupied(first):
-            agent = node.agent(member(ports=[first, second]))
+            agent = node.agent(member(ports=[first, second]), patch=count)
             agent.saw("fence_waits")
-        until(lambda: len(agent.all("fence_waits")) == 2, "the second wait")
+            looked_again()
+        until(lambda: str(first) not in agent.all("fence_waits")[-1]["message"], "the second wait")
+        looked_again()
     agent.saw("fenced")
-    both, one = (r["message"] for r in agent.all("fence_waits"))
-    assert str(first) in both
-    assert str(second) in both
-    assert str(first) not in one
-    assert str(second) in one
+    messages = [r["message"] for r in agent.all("fence_waits")]
+    assert all(before != after for before, after in itertools.pairwise(messages))
+    assert [str(port) in messages[0] for port in (first, second)] == [True, True]
+    assert [str(port) in messages[-1] for port in (first, second)] == [False, True]
     agent.stop()
 
 
@@ -322,6 +344,7 @@ case "$1" in
   --query-compute-apps=pid,used_memory) cat apps ;;
   *) echo "what is $1"; exit 2 ;;
 esac
+[ ! -e later ] || mv later gpus
 [ ! -e hang ] || exec sleep 600
 [ ! -e fail ] || { echo "Failed to initialize NVML: Driver/library version mismatch"; exit 18; }
 """
@@ -403,12 +426,34 @@ def test_the_totals_of_shared_gpus_say_nothing(node: Node, smi: Path) -> None:
 
 def test_a_dead_process_that_still_holds_memory(node: Node, smi: Path) -> None:
     pid = node.bystander(mark=node.mark())
-    stranger = node.bystander()
-    (smi / "apps").write_text(f"{stranger}, 70000\n{pid}, 60000\n")
+    stranger, reused, dead = node.bystander(), node.bystander(), node.bystander()
+    node.write_list(1, (reused, start_ticks(reused) - 1))
+    os.kill(dead, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{dead}").exists(), "its end")
+    others = f"{stranger}, 70000\n{reused}, 70000\n{dead}, 70000\n"
+    (smi / "apps").write_text(f"{others}{pid}, 60000\n")
     agent = with_gpus(node, smi, [0])
     said = agent.saw("fence_waits", cause="gpu_memory")
     assert said["message"] == f"pid {pid} of incarnation 1 is dead, but still holds 60000 MiB of GPU memory"
-    rewrite(smi / "apps", f"{stranger}, 70000\n")
+    rewrite(smi / "apps", others)
+    agent.saw("fenced")
+    agent.stop()
+
+
+def test_an_answer_from_before_the_last_leftovers_end_does_not_count(node: Node, smi: Path) -> None:
+    pid = node.bystander(mark=node.mark())
+    (smi / "later").write_text(BUSY)  # the first answer says that all is free, every later one the contrary
+    agent = node.agent(
+        member(gpus=[0]),
+        incarnation=2,
+        environ={"PATH": f"{smi}:{os.environ['PATH']}"},
+        fence=UNSHARED,
+        patch="import itertools\nreal, count = g['kill'], itertools.count()\n"
+        "g['kill'] = lambda pid, number=9: next(count) < 5 or real(pid, number)",
+    )
+    agent.saw("fence_waits", cause="gpu_memory")
+    assert not alive(pid)
+    rewrite(smi / "gpus", FREE)
     agent.saw("fenced")
     agent.stop()
 

@@ -161,7 +161,7 @@ def _strike(run: RunDir, what: str, group: str, rank: int, number: signal.Signal
 def _events(run: RunDir) -> list[dict[str, Any]]:
     try:
         return list(read_events(run))
-    except (OSError, ValueError):
+    except (OSError, RolloutError):
         return []
 
 

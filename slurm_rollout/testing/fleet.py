@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from slurm_rollout import proc
+from slurm_rollout.errors import RolloutError
 from slurm_rollout.rundir import RunDir, read_events
 from slurm_rollout.testing.slurm_cluster import SlurmCluster
 from slurm_rollout.testing.stub_engine import set_fault
@@ -139,7 +140,7 @@ class Fleet:
         """Return the events so far, those that match."""
         try:
             found = list(read_events(self.run))
-        except (OSError, ValueError):
+        except (OSError, RolloutError):
             return []
         return [
             e

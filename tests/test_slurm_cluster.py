@@ -11,6 +11,8 @@ import pytest
 
 from slurm_rollout.testing.slurm_cluster import BASE, FREEZER, SlurmCluster, SlurmClusterError, wait_until
 
+pytestmark = pytest.mark.slurm
+
 WHOLE_CLUSTER = ("-N4", "--exclusive", "--gres=gpu:8", "--output=job.out")
 CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1)"
 LISTEN = "import socket, time; s = socket.create_server(('', 18000)); print('listening', flush=True); time.sleep(600)"
