@@ -53,6 +53,7 @@ GPU_MASKS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_
 
 REPORT_TIMEOUT_S = 1.0  # a reader that is stopped must not stop the agent
 QUIET_FENCE_S = 0.2  # what is over sooner than this is not worth a report
+TOGETHER_S = 0.1  # within this, a signal that Slurm sends to the whole step reaches the agent after its engine
 SMI_PERIOD_S = 0.5
 SMI_SILENT_S = 5.0  # from then on nvidia-smi counts as hanging
 COUNTER_TIMEOUT_S = 10.0
@@ -73,15 +74,37 @@ class End(Exception):
         self.record = {"cause": cause, "message": message, **details}
 
 
-def report(kind: str, **details: Any) -> None:
-    """Write one report. Nobody reading any more (srun is gone), or not now, changes nothing about the agent's duty."""
-    line = (json.dumps({"report": kind, **details}) + "\n").encode()
-    try:
-        if select.select([], [1], [], REPORT_TIMEOUT_S)[1]:
-            while line:
-                line = line[os.write(1, line) :]
-    except (OSError, ValueError):
-        pass
+class Reports:
+    """What the agent says, one JSON object a line on standard output."""
+
+    def __init__(self) -> None:
+        self._kept = b""
+
+    def keep(self, kind: str, **details: Any) -> None:
+        """Report this together with what comes next, or with `send`.
+
+        Slurm carries it over TCP without TCP_NODELAY: the second of two small pieces arrives 40 ms late (Nagle's
+        algorithm and the delayed ACK; seen with 22.05).
+        """
+        self._kept += (json.dumps({"report": kind, **details}) + "\n").encode()
+
+    def say(self, kind: str, **details: Any) -> None:
+        """Report this now."""
+        self.keep(kind, **details)
+        self.send()
+
+    def send(self) -> None:
+        """Write what was kept. Nobody reading any more (srun is gone), or not now, does not change the agent's duty."""
+        text, self._kept = self._kept, b""
+        try:
+            if text and select.select([], [1], [], REPORT_TIMEOUT_S)[1]:
+                while text:
+                    text = text[os.write(1, text) :]
+        except (OSError, ValueError):
+            return
+
+
+reports = Reports()
 
 
 # -------------------------------------------------------------------------------------------------------------- orders
@@ -345,6 +368,10 @@ def spawn(
         os.dup2(stderr, 2)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and that would be inherited
             signal.signal(number, signal.SIG_DFL)
+        # Go and stop are not meant for engines, yet reach them: proctrack/linuxproc (seen with 22.05) signals the whole
+        # tree of the step, and so does proctrack/cgroup with SignalChildrenProcesses=yes (23.11).
+        for number in (GO_SIGNAL, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, inbox.original_mask)
         os.execvpe(argv[0], argv, env)
     except BaseException as error:
@@ -416,11 +443,11 @@ class Records:
             f" {step.incarnation}: nothing was done",
         )
 
-    def write(self) -> None:
-        """Write down our descendants, where anything changed since the last time."""
-        table = processes(os.getuid())
+    def write(self, alone: bool = False) -> None:
+        """Write down this process and its descendants (none where it is `alone`), where that has changed."""
         me = os.getpid()
-        rows = sorted([p.pid, p.start] for p in [*below(table, [me]), read_process(me)] if p is not None)
+        tree = [] if alone else below(processes(os.getuid()), [me])
+        rows = sorted([p.pid, p.start] for p in [*tree, read_process(me)] if p is not None)
         if rows == self._written:
             return
         name = self._list_name(self._step.incarnation)
@@ -849,12 +876,13 @@ def fence(step: Step, records: Records, inbox: Inbox) -> None:
         if elapsed >= QUIET_FENCE_S:
             for cause, message in waits.items():
                 if message and reported.get(cause) != message:
-                    report("fence_waits", cause=cause, message=message)
+                    reports.say("fence_waits", cause=cause, message=message)
             reported = waits
+        reports.send()
         inbox.wait(min(0.25, max(0.02, elapsed / 10), step.fence_timeout_s - elapsed))
     records.forget_old()
     notes = {"notes": gpu.notes} if gpu.notes else {}
-    report("fenced", ended=list(ended.values()), **notes)
+    reports.say("fenced", ended=list(ended.values()), **notes)
 
 
 # ------------------------------------------------------------------------------------------------------------- engines
@@ -898,7 +926,7 @@ def start(step: Step, records: Records, inbox: Inbox, prctl: Callable[[int, int]
                 raise exec_failed(member, "bash" if step.setup else member.argv[0], error)
         if not ready:
             inbox.wait(0)
-    report("started", ranks=[e.member.rank for e in engines.values()], pids=list(engines))
+    reports.say("started", ranks=[e.member.rank for e in engines.values()], pids=list(engines))
     return engines
 
 
@@ -931,6 +959,7 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
     while True:
         ended = next((pid for pid in inbox.exits if pid in engines), None)
         if ended is not None:
+            await_same_signal(inbox, inbox.exits[ended])
             raise engine_exited(engines[ended].member, inbox.exits[ended], ooms)
         inbox.exits.clear()
         now = time.monotonic()
@@ -939,7 +968,7 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
                 address = own_listener(engine)
                 if address:
                     loading.remove(engine)
-                    report("listening", rank=engine.member.rank, port=engine.member.port, address=address)
+                    reports.say("listening", rank=engine.member.rank, port=engine.member.port, address=address)
                     if step.probe is not None:
                         engine.probe = LocalProbe(engine.member, address, step.probe)
                         probes.append(engine.probe)
@@ -952,6 +981,13 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
         for probe in probes:
             probe.report()
         inbox.wait(min(look_at if loading else list_at, list_at) - now)
+
+
+def await_same_signal(inbox: Inbox, status: int) -> None:
+    """Where a stop signal ended the engine, it may have been for the whole step: then the agent was stopped, too."""
+    deadline = time.monotonic() + TOGETHER_S
+    while -exit_code(status) in STOP_SIGNALS and time.monotonic() < deadline:
+        inbox.wait(deadline - time.monotonic())
 
 
 def engine_exited(member: Member, status: int, ooms_before: int) -> End:
@@ -1003,7 +1039,7 @@ def own_listener(engine: Engine) -> str:
         who = holder(strange)
         if who != engine.stranger:
             engine.stranger = who
-            report("stranger", rank=member.rank, port=member.port, holder=who)
+            reports.say("stranger", rank=member.rank, port=member.port, holder=who)
     engine.strange = [row.inode for row in strange]
     return ""
 
@@ -1092,7 +1128,7 @@ class LocalProbe:
         failures = min(failures, self._threshold)
         if failures != self._reported:
             self._reported = failures
-            report("local_probe", rank=self._rank, failures=failures, error=error)
+            reports.say("local_probe", rank=self._rank, failures=failures, error=error)
 
     def run(self) -> None:
         """Probe for ever: the body of the probe's thread."""
@@ -1210,7 +1246,7 @@ def limit_core_dumps() -> None:
 def serve(step: Step, records: Records, inbox: Inbox) -> None:
     """Fence, go, engines. Ends by raising `End`."""
     records.claim()
-    records.write()
+    records.write(alone=True)
     for member in step.members:
         gpu_environment(member)  # a wrong mask is found out before anything is ended or started
     fence(step, records, inbox)
@@ -1242,7 +1278,7 @@ def main() -> int:
         return STATUS["bad_config"]
     slurm = slurm_step()
     name = f"{slurm['job']}.{slurm['step']}" if slurm else ""
-    report("hello", pid=os.getpid(), step=name, host=os.uname().nodename)
+    reports.keep("hello", pid=os.getpid(), step=name, host=os.uname().nodename)
     records = None
     step = None
     try:
@@ -1265,7 +1301,7 @@ def main() -> int:
     if end.cause == "engine_exited" and step is not None:
         log = next(member.log for member in step.members if member.rank == end.record["rank"])
         end.record["last_lines"] = last_lines(log) if log else []
-    report("exit", **end.record)
+    reports.say("exit", **end.record)
     return STATUS[end.cause]
 
 

@@ -355,7 +355,7 @@ def _observation(step: _Step) -> StepObservation:
     stranger = said.get("stranger")
     stderr = ""
     if step.process is Process.EXITED and step.exit is None:
-        stderr = _last_line(step.stderr)
+        stderr = _last_words(step.stderr)
     return StepObservation(
         node=step.key.node,
         sweep=step.key.sweep,
@@ -380,11 +380,11 @@ def _observation(step: _Step) -> StepObservation:
 _CHATTER = ("cluster configuration lacks support for cpu binding",)
 
 
-def _last_line(path: Path) -> str:
-    """Return the last thing of interest that srun wrote to its standard error."""
+def _last_words(path: Path) -> str:
+    """Return the last things of interest that srun wrote to its standard error, on one line."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         return ""
-    telling = [line for line in lines if not line.endswith(_CHATTER)]
-    return telling[-1][:300] if telling else ""
+    telling = [line.removeprefix("srun: ").removeprefix("error: ") for line in lines if not line.endswith(_CHATTER)]
+    return "; ".join(telling[-2:])[:300]

@@ -188,6 +188,25 @@ def test_a_whole_life(node: Node, tmp_path: Path, mode: Path, interpreter: str) 
     assert agent.stderr.read_text() == ""
 
 
+def test_slurm_may_send_go_and_stop_to_the_engines_too(node: Node) -> None:
+    agent = node.agent(member(), patch="g['TOGETHER_S'] = 60")
+    (pid,) = agent.go()
+    for number in (signal.SIGUSR2, signal.SIGUSR1):
+        os.kill(pid, number)
+    os.kill(pid, 0)
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not alive(pid), "the engine's end by TERM alone")
+    agent.send(signal.SIGTERM)
+    assert agent.ended("stopped", 0)["message"] == "stopped by SIGTERM"
+
+
+def test_an_engine_that_somebody_terminates_has_failed(node: Node) -> None:
+    agent = node.agent(member())
+    (pid,) = agent.go()
+    os.kill(pid, signal.SIGTERM)
+    assert agent.ended("engine_exited", 80)["signal"] == signal.SIGTERM
+
+
 def test_engines_inherit_no_dispositions_and_no_core_dumps(node: Node, tmp_path: Path) -> None:
     def allow_core_dumps() -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_CORE)
@@ -198,7 +217,8 @@ def test_engines_inherit_no_dispositions_and_no_core_dumps(node: Node, tmp_path:
     agent = node.agent(member(argv=["sh", "-c", show], log=str(log)), popen={"preexec_fn": allow_core_dumps})
     agent.go()
     until(lambda: log.read_text().endswith("end\n"), "the engine's output")
-    assert log.read_text().split() == ["SigBlk:", "0" * 16, "SigIgn:", "0" * 16, "0", "end"]
+    # Only the agent's own USR1 and USR2 are ignored.
+    assert log.read_text().split() == ["SigBlk:", "0" * 16, "SigIgn:", "0000000000000a00", "0", "end"]
     agent.stop()
 
 

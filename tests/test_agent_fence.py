@@ -344,7 +344,7 @@ case "$1" in
   --query-compute-apps=pid,used_memory) cat apps ;;
   *) echo "what is $1"; exit 2 ;;
 esac
-[ ! -e later ] || mv later gpus
+[ ! -e later ] || { mv later gpus; sleep 0.3; }
 [ ! -e hang ] || exec sleep 600
 [ ! -e fail ] || { echo "Failed to initialize NVML: Driver/library version mismatch"; exit 18; }
 """
@@ -442,7 +442,8 @@ def test_a_dead_process_that_still_holds_memory(node: Node, smi: Path) -> None:
 
 def test_an_answer_from_before_the_last_leftovers_end_does_not_count(node: Node, smi: Path) -> None:
     pid = node.bystander(mark=node.mark())
-    (smi / "later").write_text(BUSY)  # the first answer says that all is free, every later one the contrary
+    # The first answer is slow and says that all is free, every later one says the contrary.
+    (smi / "later").write_text(BUSY)
     agent = node.agent(
         member(gpus=[0]),
         incarnation=2,
@@ -477,6 +478,14 @@ def test_an_nvidia_smi_that_hangs_is_told_and_can_be_stopped(node: Node, smi: Pa
     )
     assert "has not answered for" in agent.saw("fence_waits", cause="gpu_memory")["message"]
     agent.stop()
+
+
+def test_hello_does_not_wait_for_the_fence(node: Node, smi: Path) -> None:
+    (smi / "hang").touch()
+    agent = with_gpus(node, smi, [0], fence=UNSHARED)
+    agent.saw("hello")
+    agent.stop()
+    assert [r["report"] for r in agent.reports] == ["hello", "exit"]
 
 
 def test_without_nvidia_smi_the_fence_says_that_it_did_not_judge(node: Node, tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ class Ledger:
     last_end: float = 0.0
 
 
+def without_sweeps_pids(run: RunState) -> RunState:
+    """A sweep that is launched again has the name of the last one, whose process is what is seen until then."""
+    groups = [
+        replace(g, steps=tuple(replace(s, pid=None, pid_started=0) if s.sweep else s for s in g.steps))
+        for g in run.groups
+    ]
+    return replace(run, groups=tuple(groups))
+
+
 class Fleet(RuleBasedStateMachine):
     world: World
 
@@ -152,6 +161,7 @@ class Fleet(RuleBasedStateMachine):
         w.ports_open[g.id] = {"open": (f"{node}:18000",), "closed": (), "unknown": None}[ports]
         if ports == "open" and g.phase in ALIVE:
             w.kill(g.id, w.plan.group(g.id).leader.rank)
+            self.tick(0.01)
 
     @rule(
         data=st.data(),
@@ -230,7 +240,7 @@ class Fleet(RuleBasedStateMachine):
         plan = self.world.plan
         assert decide(plan, before, obs) == made
         again = decide(plan, made.state, replace(obs, requests=()))
-        assert again.state == made.state
+        assert without_sweeps_pids(again.state) == without_sweeps_pids(made.state)
         assert again.actions == ()
         assert again.events == ()
         assert made.wake_at is None or made.wake_at > obs.now
@@ -255,7 +265,7 @@ class Fleet(RuleBasedStateMachine):
                 assert not any(e.mismatch for e in seen.endpoints)
             if g.phase is Phase.READY:
                 assert not any(e.refusals >= 2 for e in seen.endpoints)
-                if old.phase is not Phase.READY:
+                if old.phase is Phase.UNREADY:
                     assert {m.rank for m in entrypoints} <= {e.rank for e in seen.endpoints if e.answers}
             if old.phase is not Phase.FAILED and g.phase is Phase.FAILED:
                 assert any(e.type == "failed" and e.group == g.id for e in decision.events)
@@ -377,9 +387,10 @@ class Fleet(RuleBasedStateMachine):
 TestFleet = Fleet.TestCase
 TestFleet.settings = settings(
     derandomize=True,
-    max_examples=250,
-    stateful_step_count=50,
+    max_examples=300,
+    stateful_step_count=60,
     deadline=None,
     database=None,
+    report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )

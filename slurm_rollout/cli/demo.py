@@ -176,12 +176,12 @@ def _plain(run: RunDir) -> Iterator[Callable[[str], None]]:
 
     def refresh(what: str) -> None:
         nonlocal printed, said
-        if what.startswith("fault") and what != said:
-            said = what
-            print(f"{time.time() - began:5.1f} s  *** {what}")
         for event in _events(run)[printed:]:
             printed += 1
             print(f"{event['at'] - began:5.1f} s  {event_line(event)}")
+        if what.startswith("fault") and what != said:
+            said = what
+            print(f"{time.time() - began:5.1f} s  *** {what}")
         sys.stdout.flush()
 
     yield refresh

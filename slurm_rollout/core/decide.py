@@ -186,8 +186,9 @@ def _most_time_out(run: RunState, contexts: dict[str, Context]) -> bool:
 
 
 def _suspect_self(run: RunState, contexts: dict[str, Context], obs: Observation, events: list[Event]) -> RunState:
+    # The agents look as often as we do, but not at the same moment: they get one more period to agree.
     suspect = any(
-        c.ask_agents and any(e.failures >= c.pool.probe.liveness_failure_threshold for e in c.seen.endpoints)
+        c.ask_agents and any(e.failures > c.pool.probe.liveness_failure_threshold for e in c.seen.endpoints)
         for c in contexts.values()
     )
     if suspect and run.suspect_self_since is None:

@@ -52,7 +52,8 @@ def find_failure(
 
     def found(reason: Reason, message: str, *, rank: int | None = None, node: str = "", charged: bool = True) -> Found:
         failed_nodes = {s.node for s in seen.steps if s.exit is not None or s.process is not Process.RUNNING}
-        peers = tuple(m.rank for m in group.members if m.rank != rank and m.node not in failed_nodes)
+        silent = {e.rank for e in seen.endpoints if e.failures}
+        peers = tuple(m.rank for m in group.members if m.rank not in {rank, *silent} and m.node not in failed_nodes)
         return Found(
             failure=Failure(
                 reason=reason,
@@ -74,7 +75,7 @@ def find_failure(
             reason = _CAUSES.get(step.exit.cause, Reason.STEP_ENDED)
             return found(reason, step.exit.message, rank=step.exit.rank, node=step.node)
         if step.process is not Process.RUNNING and step.exited_at is not None:
-            reason, message, charged = _silent_end(g, step, obs)
+            reason, message, charged = _silent_end(g, step)
             rank = group.on(step.node)[0].rank
             return found(reason, message, rank=rank, node=step.node, charged=charged)
 
@@ -101,11 +102,15 @@ def find_failure(
             member = group.members[endpoint.rank]
             reason = Reason.ANSWERS_ERROR if endpoint.refusals else Reason.NOT_ANSWERING
             message = f"{endpoint.failures} liveness probes failed in a row: {endpoint.last_error}"
+            # One member that hangs silences all: the first to reach the threshold is a witness, not the culprit.
+            others = [str(e.rank) for e in seen.endpoints if e.failures and e.rank != endpoint.rank]
+            if others:
+                message += f" (rank {', '.join(others)} failing too)"
             return found(reason, message, rank=endpoint.rank, node=member.node)
     return None
 
 
-def _silent_end(g: GroupState, step: StepObservation, obs: Observation) -> tuple[Reason, str, bool]:
+def _silent_end(g: GroupState, step: StepObservation) -> tuple[Reason, str, bool]:
     """A step whose holder is gone and whose agent left no word."""
     if step.process is Process.UNKNOWN:
         if g.phase is Phase.STARTING:
@@ -114,14 +119,7 @@ def _silent_end(g: GroupState, step: StepObservation, obs: Observation) -> tuple
     words = f": {step.stderr}" if step.stderr else ""
     if step.spoke:
         return Reason.STEP_ENDED, f"srun ended with {step.exit_code}{words}", True
-    launched = g.marks.launched_at or 0.0
-    blind = obs.listing_failed_at is not None and obs.listing_failed_at >= launched
-    unreachable = "contact slurm controller" in step.stderr.lower() or "socket timed out" in step.stderr.lower()
-    return (
-        Reason.LAUNCH_FAILED,
-        f"no step was launched, srun ended with {step.exit_code}{words}",
-        not (blind or unreachable),
-    )
+    return Reason.LAUNCH_FAILED, f"no step was launched, srun ended with {step.exit_code}{words}", True
 
 
 def _late(

@@ -40,6 +40,9 @@ _NO_STEPS: dict[str, Any] = {"steps": (), "stop_sent_at": None, "cancel_sent_at"
 
 ASKING = "every step of the run ended: asking Slurm whether the job is ending"
 
+BLIND_ECHO_S = 60.0
+"""A launch that is refused so soon after Slurm last failed to answer is not charged."""
+
 SWEEP_AFTER_S = 1.0
 """A port that still accepts connections this long after everything ended is worth a step that looks why."""
 
@@ -121,11 +124,9 @@ def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bo
     spent = charged and (
         len(start) >= policy.max_start_failures if failure.startup else len(runtime) >= policy.max_restarts
     )
-    if charged:
-        delay = restart.backoff_s(policy, len(runtime) + len(start) + 1)
-    else:
-        # A launch that Slurm was too blind to take must not be tried as fast as it fails.
-        delay = policy.backoff_initial_s if failure.reason is Reason.LAUNCH_FAILED else 0.0
+    # What Slurm refused a moment ago it will refuse now: only engines' failures are followed by a start at once.
+    first = 2 if failure.reason is Reason.LAUNCH_FAILED else 1
+    delay = restart.backoff_s(policy, len(runtime) + len(start) + first) if charged else 0.0
     out.events.append(
         event(
             g,
@@ -220,7 +221,7 @@ def _fencing(ctx: Context, g: GroupState, out: Out) -> GroupState:
     if now >= deadline:
         if sweeping:
             out.wake(now + REPEAT_S)
-            return _end_steps(ctx, replace(g, message=message), out, sweeping)
+            return _end_steps(ctx, g, out, sweeping)
         failure = Failure(
             reason=Reason.PORT_BUSY,
             message=f"not free after {ctx.pool.fence.timeout_s:g} s: {message}",
@@ -392,13 +393,28 @@ def _stopping(ctx: Context, g: GroupState, out: Out) -> GroupState:
         return replace(g, message=ASKING)
     now = ctx.obs.now
     since = g.marks.seen_at if g.marks.seen_at is not None else g.since
-    g = replace(g, marks=replace(g.marks, stopped_at=now, fenced_at=None), **_NO_STEPS)
+    g = replace(_excuse(ctx, g), marks=replace(g.marks, stopped_at=now, fenced_at=None), **_NO_STEPS)
     if g.incarnation:
         out.events.append(event(g, "stopped", "every step ended", stop_s=round(now - since, 3)))
     if g.phase is Phase.DRAINING:
         out.events.append(event(g, "drained", g.message))
         return to(ctx, g, Phase.STOPPED, g.reason, g.message)
     return _settle(ctx, g, out)
+
+
+def _excuse(ctx: Context, g: GroupState) -> GroupState:
+    """Take back the charge for a launch that a blind Slurm refused, or one that had been blind just before.
+
+    A slurmctld that was started again refuses steps for some seconds, until its nodes have registered: "Memory required
+    by task is not available" (measured, 22.05.8).
+    """
+    failed_at = ctx.obs.listing_failed_at
+    if g.charge is None or g.charge.reason is not Reason.LAUNCH_FAILED or failed_at is None:
+        return g
+    if failed_at < g.charge.at - BLIND_ECHO_S:
+        return g
+    # It must not be tried as fast as it fails, though.
+    return replace(g, charge=None, goes_to=Phase.FENCING, not_before=g.charge.at + ctx.pool.restart.backoff_initial_s)
 
 
 def _settle(ctx: Context, g: GroupState, out: Out) -> GroupState:

@@ -123,7 +123,7 @@ class Process(StrEnum):
 class ExitRecord:
     """The agent's last word: its members are all dead when it says this."""
 
-    cause: str  # "stopped", "engine_exited", "port_busy", "leftover_process", "gpu_memory", "other_incarnation", "exec_failed"
+    cause: str  # see docs/agent-protocol.md
     message: str
     rank: int | None = None
     code: int | None = None

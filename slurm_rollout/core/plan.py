@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 class ProbeRequest:
     """One HTTP request and what its answer must hold.
 
-    With a `body` (JSON text) it is a POST, else a GET. The answer must be status 200; where `expect` is not empty, a JSON
-    object in which `expect` is a non-empty list, object or string (`choices`: a list with `choices[0]`).
+    With a `body` (JSON text) it is a POST, else a GET. The answer must be status 200; where `expect` is not empty, a
+    JSON object in which `expect` is a non-empty list, object or string (`choices`: a list with `choices[0]`).
     """
 
     path: str = "/v1/chat/completions"

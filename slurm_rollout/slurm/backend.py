@@ -21,14 +21,19 @@ class SlurmBackend:
 
     holder = "srun"
 
-    def __init__(self, job: str, agent: str, command_timeout_s: float) -> None:
+    def __init__(self, job: str, agent: str, command_timeout_s: float, component_job: str = "") -> None:
+        """`component_job`: the fleet's component of a heterogeneous job has this job id of its own."""
         self._job = job
+        self._component_job = component_job
         self._agent = agent
         self._timeout_s = command_timeout_s
         self._ids: dict[str, str] = {}  # step name -> id, of the newest listing
 
     def argv(self, plan: FleetPlan, group: GroupPlan, node: str, incarnation: int, *, sweep: bool) -> list[str]:
-        return srun.step_argv(plan, group, node, incarnation, self._job, agent=self._agent, sweep=sweep)
+        het = str(plan.het_group) if self._component_job else ""
+        return srun.step_argv(
+            plan, group, node, incarnation, self._job, agent=self._agent, sweep=sweep, het_component=het
+        )
 
     def environ(self) -> dict[str, str]:
         return srun.scrubbed()
@@ -36,6 +41,8 @@ class SlurmBackend:
     async def listing(self) -> Listing:
         asked_at = monotonic()
         steps = parse.steps(await self._run("scontrol", "-o", "show", "step", self._job), self._job)
+        if self._component_job not in ("", self._job):
+            steps += await self._component_steps()
         self._ids = {s.name: s.id for s in steps if s.name}
         return Listing(
             asked_at=asked_at,
@@ -43,8 +50,26 @@ class SlurmBackend:
             pids=frozenset(s.srun_pid for s in steps if s.srun_pid is not None),
         )
 
+    async def _component_steps(self) -> tuple[parse.Step, ...]:
+        """Return the steps of a component other than the batch script's: no answer about the job itself has them."""
+        try:
+            text = await self._run("scontrol", "-o", "show", "step", self._component_job)
+        except Unobservable as e:
+            if "not found" not in str(e):
+                raise
+            text = ""  # it has no step, and the answer about the batch script's component was a valid one just now
+        return parse.step_lines(text)
+
+    async def job_record(self) -> parse.JobRecord:
+        """Return what Slurm says of the job.
+
+        Raises:
+            Unobservable: it does not say.
+        """
+        return parse.job_record(await self._run("scontrol", "-o", "show", "job", self._job))
+
     async def job(self) -> JobFacts:
-        record = parse.job_record(await self._run("scontrol", "-o", "show", "job", self._job))
+        record = await self.job_record()
         left = None if record.end_at is None else max(0.0, record.end_at - time.time())
         return JobFacts(job=record.job, time_left_s=left)
 
@@ -53,18 +78,24 @@ class SlurmBackend:
 
         scancel downloads every job record of the cluster first, then sends one RPC a step (facts: slurm.md §2.5).
         """
-        if any(not (s.step_id or s.name in self._ids) for s in steps):
+        if not all(self._id(s) for s in steps):
             with contextlib.suppress(Unobservable):
                 await self.listing()
-        ids = [i for i in (s.step_id or self._ids.get(s.name, "") for s in steps) if i]
         for step in steps:
-            if not (step.step_id or step.name in self._ids) and step.pid is not None:
+            if not self._id(step) and step.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(step.pid, signal.SIGTERM)  # "forcing job termination", also of a pending step
-        if ids:
+        if ids := [i for i in map(self._id, steps) if i]:
             # A step that ended meanwhile makes scancel fail: what counts is what the next listing says.
             with contextlib.suppress(Unobservable):
                 await self._run("scancel", *ids)
+
+    def _id(self, step: StepRef) -> str:
+        """Return the id of a step; empty while it is not known."""
+        # In a component, agents find the first component's job id in their environment (seen with 22.05): the same
+        # number there is another step, perhaps the trainer's.
+        said = "" if self._component_job else step.step_id
+        return said or self._ids.get(step.name, "")
 
     async def _run(self, *argv: str) -> str:
         """Run one Slurm command and return what it printed.
@@ -72,7 +103,9 @@ class SlurmBackend:
         Raises:
             Unobservable: it could not be run, failed, or did not answer in time.
         """
-        env = {**srun.scrubbed(), "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+        # SCANCEL_INTERACTIVE and its like are options, too.
+        env = {k: v for k, v in srun.scrubbed().items() if not k.startswith(("SCANCEL_", "SCONTROL_"))}
+        env |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
         try:
             process = await asyncio.create_subprocess_exec(
                 *argv,
@@ -92,9 +125,9 @@ class SlurmBackend:
         finally:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)  # of a site's wrapper around the command, too
                 await process.wait()
         if process.returncode != 0:
-            said = err.decode(errors="replace").strip()[-200:]
+            said = (err or out).decode(errors="replace").strip()[-200:]
             raise Unobservable(f"{' '.join(argv)} failed with {process.returncode}: {said}")
         return out.decode(errors="replace")

@@ -19,10 +19,21 @@ class Step:
     """One line of `scontrol -o show step JOB`."""
 
     id: str  # "123.4", "123.batch"; a pending step has "123.TDB" (sic, 20.11 to 25.11)
-    name: str
+    name: str  # "" while it is pending
     state: str
     srun_host: str
     srun_pid: int | None
+
+
+_RUNNING = frozenset({"RUNNING", "SUSPENDED", "CONFIGURING", "RESIZING", "SIGNALING", "STOPPED"})
+_ENDED = frozenset(
+    {
+        *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+        *("REVOKED", "STAGE_OUT", "TIMEOUT"),
+        # Requeued: what ran has ended.
+        *("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,23 +45,27 @@ class JobRecord:
 
     @property
     def job(self) -> Job:
-        """RUNNING counts as running, everything else but SUSPENDED as ending."""
-        return Job.RUNNING if self.state in ("RUNNING", "SUSPENDED", "CONFIGURING") else Job.ENDING
+        """A state that we do not know says nothing: it must not end a run."""
+        if self.state in _RUNNING:
+            return Job.RUNNING
+        return Job.ENDING if self.state in _ENDED or self.state == "COMPLETING" else Job.UNKNOWN
+
+    @property
+    def batch_ended(self) -> bool:
+        """Tell whether the batch script has ended for sure; while the job is COMPLETING it may still write."""
+        return self.state in _ENDED
 
 
 def _fields(line: str) -> dict[str, str]:
-    # Values may hold spaces (a Reason), keys never do; "SrunHost:Pid" is one key.
+    # Values may hold spaces (a Reason), keys never do; "SrunHost:Pid" is one key. Where a key is there twice, the later
+    # one is part of a value: Command shows the arguments of the script.
     parts = re.split(r"(?:^|\s)([A-Za-z][\w:/]*)=", line.strip())
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+    pairs = list(zip(parts[1::2], parts[2::2], strict=True))
+    return {key: "" if value.strip() == "(null)" else value.strip() for key, value in reversed(pairs)}
 
 
-def steps(text: str, job: str) -> tuple[Step, ...]:
-    """Return the steps of a job.
-
-    Raises:
-        Unobservable: the answer does not list the job's batch step. Then it is no valid answer: the job's steps may be
-            missing from it too (stepmgr, a half-dead controller).
-    """
+def step_lines(text: str) -> tuple[Step, ...]:
+    """Return the steps that the text has lines of."""
     found = []
     for line in text.splitlines():
         if not line.startswith("StepId="):
@@ -63,22 +78,37 @@ def steps(text: str, job: str) -> tuple[Step, ...]:
                 name=fields.get("Name", ""),
                 state=fields.get("State", ""),
                 srun_host=host,
-                srun_pid=int(pid) if pid.isdigit() else None,
+                srun_pid=int(pid) if pid.isdigit() and pid != "0" else None,
             )
         )
-    if not any(s.id.partition("+")[0] == f"{job}.batch" for s in found):
-        raise Unobservable(f"`scontrol show step {job}` does not list {job}.batch: not believed")
     return tuple(found)
 
 
+# An array task's steps are called after the array, "<array>_<task>.batch" (seen with 22.05), whatever was asked for.
+_OWN_STEP = re.compile(r"\d+(_\d+)?\.(batch|interactive)(\+\d+)?")
+
+
+def steps(text: str, job: str) -> tuple[Step, ...]:
+    """Return the steps of a job.
+
+    Raises:
+        Unobservable: the answer does not list the job's batch step. Then it is no valid answer: the job's steps may be
+            missing from it too (stepmgr, a half-dead controller).
+    """
+    found = step_lines(text)
+    if not any(_OWN_STEP.fullmatch(s.id) for s in found):
+        raise Unobservable(f"`scontrol show step {job}` does not list {job}.batch: not believed")
+    return found
+
+
 def job_record(text: str) -> JobRecord:
-    """Return the job's state and end.
+    """Return the job's state and end; of a heterogeneous job the first component's.
 
     Raises:
         Unobservable: the text is not a job record.
     """
     fields = _fields(text.strip())
-    if "JobState" not in fields:
+    if not fields.get("JobState"):
         raise Unobservable(f"`scontrol show job` answered something else: {text.strip()[:200]!r}")
     try:
         end_at = datetime.fromisoformat(fields.get("EndTime", "")).timestamp()

@@ -1,0 +1,130 @@
+"""What only real Slurm can show: GPUs, a controller that goes away, steps that others cancel, a reader elsewhere."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from slurm_rollout import proc
+from slurm_rollout.testing.fleet import SlurmFleet, stub_spec, wait_for
+from slurm_rollout.testing.slurm_cluster import SlurmCluster
+from tests.conftest import FAILED
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture
+def fleet(cluster: SlurmCluster, request: pytest.FixtureRequest) -> Iterator[SlurmFleet]:
+    made = SlurmFleet(cluster)
+    try:
+        yield made
+        if request.node.stash.get(FAILED, False):
+            print(made.story())
+    finally:
+        made.end()
+
+
+def spec(cluster: SlurmCluster, fleet: SlurmFleet, **more: object) -> str:
+    return stub_spec(python=cluster.python, control=fleet.control, **more)  # type: ignore[arg-type]
+
+
+def test_two_groups_share_a_node_with_disjoint_gpus_and_do_not_disturb_each_other(
+    cluster: SlurmCluster, fleet: SlurmFleet
+) -> None:
+    fleet.start(spec(cluster, fleet, groups=2, layout="gpus = 4\nmembers_per_node = 2"), nodes=1)
+    fleet.wait_phase("ready")
+    seen = {
+        (group, rank): proc.environ(fleet.engine(group, rank))["CUDA_VISIBLE_DEVICES"]
+        for group in ("actor/0", "actor/1")
+        for rank in (0, 1)
+    }
+    assert sorted(seen.values()) == ["0,1", "2,3", "4,5", "6,7"]
+    other = fleet.engine("actor/1", 0)
+    fleet.kill("actor/0", 1)
+    fleet.wait_serving("actor/0", 2)
+    again = [proc.environ(fleet.engine("actor/0", rank))["CUDA_VISIBLE_DEVICES"] for rank in (0, 1)]
+    assert again == [seen["actor/0", 0], seen["actor/0", 1]]
+    assert fleet.engine("actor/1", 0) == other
+    assert not fleet.events("failure", "actor/1")
+
+
+@pytest.mark.parametrize("how", ["frozen", "stopped"])
+def test_a_controller_that_is_away_for_30_s_during_a_recovery_costs_only_time(
+    cluster: SlurmCluster, fleet: SlurmFleet, how: str
+) -> None:
+    fleet.start(spec(cluster, fleet, groups=2, more="[slurm]\ncommand_timeout_s = 5"))
+    fleet.wait_phase("ready")
+    survivor = fleet.engine("actor/1", 0)
+    if how == "frozen":
+        cluster.freeze_controller()
+    else:
+        cluster.stop_controller()
+    away_since = time.monotonic()
+    fleet.kill("actor/0", 1)
+    # The agents end their trees by themselves: no word of slurmctld is needed for that.
+    fleet.wait_event("stopped", "actor/0", 1, timeout_s=5)
+    wait_for("30 s without a controller", lambda: time.monotonic() - away_since > 30, timeout_s=40)
+    assert fleet.barrier()["reason"] == "degraded"
+    assert not fleet.events("failure", "actor/1")
+    if how == "frozen":
+        cluster.thaw_controller()
+    else:
+        cluster.start_controller()
+    fleet.wait_phase("ready")
+    wait_for("both groups", lambda: all(g["serving"] for g in fleet.barrier()["groups"]), timeout_s=60)
+    assert fleet.engine("actor/1", 0) == survivor
+    status = json.loads(fleet.run.status.read_text())
+    budget = next(g for g in status["groups"] if g["id"] == "actor/0")["budget"]
+    assert budget["start_failures"]["left"] == budget["start_failures"]["of"], "a blind Slurm is charged to nobody"
+
+
+def test_a_step_that_somebody_cancels_is_a_failure_of_its_group(cluster: SlurmCluster, fleet: SlurmFleet) -> None:
+    fleet.start(spec(cluster, fleet, groups=2))
+    fleet.wait_phase("ready")
+    steps = cluster.run(["squeue", "-s", "-h", "-j", fleet.job, "-o", "%i %j"]).stdout.split("\n")
+    victim = next(line.split()[0] for line in steps if ".actor-0.1.1" in line)
+    cluster.run(["scancel", victim])
+    fleet.wait_serving("actor/0", 2)
+    failure = fleet.wait_event("failure", "actor/0")
+    assert failure["reason"] == "step_ended"
+    assert failure["rank"] == 1
+    assert not fleet.events("failure", "actor/1")
+
+
+def test_the_run_can_be_looked_at_and_stopped_from_another_host(cluster: SlurmCluster, fleet: SlurmFleet) -> None:
+    fleet.start(spec(cluster, fleet, groups=2))
+    fleet.wait_phase("ready")
+    status = cluster.run(["slurm-rollout", "status", "--run-dir", "run", "--json"])
+    assert {g["phase"] for g in json.loads(status.stdout)["groups"]} == {"ready"}
+    answer = cluster.run(["slurm-rollout", "restart", "actor/1", "--run-dir", "run"])
+    assert "restarts" in answer.stdout
+    fleet.wait_serving("actor/1", 2)
+    assert fleet.wait_event("failure" if fleet.events("failure") else "stopped", "actor/1", 1)["reason"] == "operator"
+    cluster.run(["slurm-rollout", "stop", "--run-dir", "run"])
+    cluster.wait_job(fleet.job, "COMPLETED")
+    status = cluster.run(["slurm-rollout", "status", "--run-dir", "run"], check=False)
+    assert status.returncode == 3
+
+
+def test_a_trainer_beside_the_fleet_decides_the_exit_code_and_keeps_its_own_srun(
+    cluster: SlurmCluster, fleet: SlurmFleet
+) -> None:
+    trainer = cluster.home / "trainer.sh"
+    trainer.write_text(
+        "#!/bin/bash\n"
+        "srun --overlap -N $ROLLOUT_TRAINER_NNODES -n $ROLLOUT_TRAINER_NNODES -w $ROLLOUT_TRAINER_NODELIST "
+        "hostname > trainer-nodes\n"
+        "slurm-rollout wait --for ready --timeout 20 > trainer-saw || exit 9\n"
+        "exit 7\n"
+    )
+    trainer.chmod(0o755)
+    fleet.start(spec(cluster, fleet, groups=1, more="[nodes]\ncount = 2"), trainer=["./trainer.sh"])
+    cluster.wait_job(fleet.job, "FAILED")
+    shown = cluster.run(["scontrol", "show", "job", fleet.job]).stdout
+    assert "ExitCode=7:0" in shown
+    assert sorted((cluster.home / "trainer-nodes").read_text().split()) == ["n1", "n2"]
+    assert "http://n3:18000" in (cluster.home / "trainer-saw").read_text()
+    assert fleet.barrier()["phase"] == "stopped"
