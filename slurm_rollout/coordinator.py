@@ -377,13 +377,14 @@ class Coordinator:
 
 def make_backend(plan: FleetPlan, run: RunDir, run_id: str, job: str) -> Backend:
     """Return the backend that the plan names."""
+    agent = str(run.agent if plan.slurm.python else run.compiled_agent)
     if plan.backend == "local":
         from slurm_rollout.local import LocalBackend
 
-        return LocalBackend(plan, run_id, str(run.agent))
+        return LocalBackend(plan, run_id, agent)
     from slurm_rollout.slurm.backend import SlurmBackend
 
-    return SlurmBackend(job, str(run.agent), plan.slurm.command_timeout_s)
+    return SlurmBackend(job, agent, plan.slurm.command_timeout_s, plan.het_job)
 
 
 def read_exits(path: Path) -> dict[tuple[int, int], int]:

@@ -30,6 +30,7 @@ class RunDir:
         self.logs = self.path / "logs"
         self.steps = self.path / "steps"
         self.agent = self.path / "agent.py"
+        self.compiled_agent = self.path / "agent.pyc"
 
     def events(self, term: int) -> Path:
         return self.path / f"events.{term}.jsonl"

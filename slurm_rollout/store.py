@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import py_compile
 import shutil
 import socket
 import stat
@@ -164,6 +165,8 @@ def prepare(run: RunDir, plan: FleetPlan) -> None:
         _write(run.path / ".prepare", run.plan, json.dumps(codec.encode(plan), indent=1))
         agent = Path(__file__).with_name("agent.py").read_text(encoding="utf-8")
         _write(run.path / ".prepare", run.agent, agent)
+        if not plan.slurm.python:  # the nodes' interpreter is ours: it need not compile the agent at every start
+            py_compile.compile(str(run.agent), cfile=str(run.compiled_agent), doraise=True)
     except OSError as e:
         raise StoreError(
             f"{e.filename or run.path}: {e.strerror}. The run directory must be writable; nothing was started"

@@ -232,7 +232,7 @@ class Fleet(RuleBasedStateMachine):
                 self.a_launch_has_the_field_to_itself(action, before, obs, decision, living[action.group])
             elif isinstance(action, Go):
                 self.go_follows_the_last_fence(action, obs)
-        self.the_budget_holds(before, decision)
+        self.the_budget_holds(before, obs, decision)
         self.one_incarnation_lives()
         return decision
 
@@ -300,12 +300,14 @@ class Fleet(RuleBasedStateMachine):
         assert seen is not None
         assert {s.node for s in seen.steps if s.fenced} == set(self.world.plan.group(action.group).nodes)
 
-    def the_budget_holds(self, before: RunState, decision: Decision) -> None:
+    def the_budget_holds(self, before: RunState, obs: Observation, decision: Decision) -> None:
         policy, now = self.world.plan.pools[0].restart, self.world.now
         for old, g in zip(before.groups, decision.state.groups, strict=True):
             ledger = self.ledgers[g.id]
             if old.phase in (Phase.FAILED, Phase.STOPPED) and g.phase not in (Phase.FAILED, Phase.STOPPED):
                 self.ledgers[g.id] = ledger = Ledger()
+            if old.phase is Phase.STOPPING and g.phase is not Phase.STOPPING and self.slurm_was_blind(old, obs):
+                ledger.pending = None
             for event in decision.events:
                 if event.group != g.id:
                     continue
@@ -330,6 +332,10 @@ class Fleet(RuleBasedStateMachine):
                 (ledger.start_failures, policy.max_start_failures),
             ):
                 assert len([t for t in times if now - t < WINDOW_S]) <= most
+
+    def slurm_was_blind(self, g: GroupState, obs: Observation) -> bool:
+        refused = g.failure is not None and g.failure.reason is Reason.LAUNCH_FAILED
+        return refused and obs.listing_failed_at is not None and obs.listing_failed_at >= g.since - 60.0
 
     def book(self, ledger: Ledger) -> None:
         if ledger.pending is not None:

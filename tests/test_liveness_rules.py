@@ -69,6 +69,17 @@ def test_an_engine_that_answers_errors_for_long_is_restarted_for_that() -> None:
     assert (failure.reason, failure.rank) == (Reason.ANSWERS_ERROR, 1)
 
 
+def test_a_member_whose_probes_fail_too_is_named_and_does_not_count_as_a_healthy_peer() -> None:
+    w = ready(nodes_per_group=3)
+    time_out(w, 0, rank=1)
+    time_out(w, 0, rank=2, failures=1)
+    w.tick()
+    failure = w.group().failure
+    assert failure is not None
+    assert failure.message == "4 liveness probes failed in a row: no answer within 30 s (rank 2 failing too)"
+    assert failure.restarted_peers == (0,)
+
+
 def test_a_slow_engine_whose_counter_moves_is_an_event_and_never_a_restart() -> None:
     w = ready()
     for _ in range(50):
@@ -266,12 +277,19 @@ def test_while_we_are_the_suspect_the_restart_of_one_group_convicts_no_other() -
     for _ in range(10):
         w.tick(1.0)
     assert 1 not in restarting(w), "now one of two that are alive times out, and its own agent sees nothing wrong"
+    time_out(w, 1, failures=THRESHOLD + 1)
+    for _ in range(10):
+        w.tick(30.0)
+    assert 1 not in restarting(w)
     assert w.state.suspect_self_since is not None
+    agents_agree(w, 1)
+    w.tick()
+    assert 1 in restarting(w)
 
 
 def test_probes_are_believed_again_when_they_come_through_again() -> None:
     w = ready(3)
-    time_out(w, 0, 1)
+    time_out(w, 0, 1, failures=THRESHOLD + 1)
     w.tick()
     time_out(w, 0, 1, failures=0)
     w.tick()
@@ -280,6 +298,17 @@ def test_probes_are_believed_again_when_they_come_through_again() -> None:
     time_out(w, 0)
     w.tick()
     assert restarting(w) == [0]
+
+
+def test_nobody_is_told_that_we_are_blind_before_the_agents_had_one_more_period_to_agree() -> None:
+    w = ready(1)
+    time_out(w, 0, failures=THRESHOLD)
+    w.tick()
+    assert not w.events("blind")
+    agents_agree(w, 0)
+    w.tick()
+    assert restarting(w) == [0]
+    assert not w.events("blind")
 
 
 def test_refused_connections_do_not_make_the_coordinator_the_suspect() -> None:

@@ -271,8 +271,10 @@ def test_the_backends_line_is_the_one_that_plan_prints() -> None:
     assert backend.argv(plan, group, "n1", 3, sweep=False) == srun.step_argv(
         plan, group, "n1", 3, "12", agent="/run/agent.py"
     )
-    het = replace(plan, het_group=1)
-    assert "--het-group=1" in backend.argv(het, group, "n1", 3, sweep=True)
+    het = SlurmBackend("12", "/run/agent.py", 1.0, component_job="13")
+    assert het.argv(replace(plan, het_group=1), group, "n1", 3, sweep=True) == srun.step_argv(
+        plan, group, "n1", 3, "12", agent="/run/agent.py", sweep=True, het_component="1"
+    )
 
 
 # What srun (22.05 to 26.05) takes for an option when it finds it in its environment (facts: slurm.md §0.12, §1.3).
@@ -488,10 +490,65 @@ def test_where_slurm_is_silent_the_sruns_are_told(fakes: Fakes, srun_process: su
 
 def test_a_scancel_that_fails_or_is_missing_is_no_error(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that ended meanwhile makes it fail; what lives is what the next listing says."""
-    fakes.make("scancel", "echo 'scancel: error: Kill job error on job step id 12.4: Job/step already completing' >&2\nexit 1\n")
+    fakes.make(
+        "scancel",
+        "echo 'scancel: error: Kill job error on job step id 12.4: Job/step already completing' >&2\nexit 1\n",
+    )
     asyncio.run(backend().cancel([ref("a", "12.4")]))
     monkeypatch.setenv("PATH", "/nowhere")
     asyncio.run(backend().cancel([ref("a", "12.4")]))
+
+
+# ------------------------------------------------------------------------------------------------- heterogeneous jobs
+
+PER_JOB = """\
+case "$4" in
+12) cat {folder}/12.txt;;
+13) if [ -s {folder}/13.txt ]; then cat {folder}/13.txt; else echo "Job step 13. not found"; exit 1; fi;;
+esac
+"""
+OTHER_STEP = f"{BATCH}\nStepId=12.0 Name=trainer SrunHost:Pid=n1:31\n"
+
+
+def het(fakes: Fakes, leader: str, component: str) -> SlurmBackend:
+    (fakes.folder / "12.txt").write_text(leader)
+    (fakes.folder / "13.txt").write_text(component)
+    fakes.make("scontrol", PER_JOB.format(folder=fakes.folder))
+    fakes.answer("scancel", "")
+    return SlurmBackend("12", "agent.py", 10.0, component_job="13")
+
+
+def test_the_steps_of_a_component_are_in_an_answer_of_their_own(fakes: Fakes) -> None:
+    listing = asyncio.run(het(fakes, OTHER_STEP, "StepId=13.0 Name=a SrunHost:Pid=n1:26\n").listing())
+    assert listing.names == {"batch", "trainer", "a"}
+    assert listing.pids == {31, 26}
+
+
+def test_a_component_without_any_step_is_a_valid_answer(fakes: Fakes) -> None:
+    listing = asyncio.run(het(fakes, OTHER_STEP, "").listing())
+    assert listing.names == {"batch", "trainer"}
+
+
+@pytest.mark.parametrize("leader", ["", "StepId=12.0 Name=trainer SrunHost:Pid=n1:31\n"])
+def test_a_components_answer_is_believed_only_beside_a_valid_one_of_the_batch_scripts(
+    fakes: Fakes, leader: str
+) -> None:
+    with pytest.raises(Unobservable):
+        asyncio.run(het(fakes, leader, "StepId=13.0 Name=a SrunHost:Pid=n1:26\n").listing())
+
+
+def test_a_component_that_slurm_is_silent_about_is_no_empty_one(fakes: Fakes) -> None:
+    het_backend = het(fakes, OTHER_STEP, "")
+    fakes.make("scontrol", f"[ $4 = 12 ] && exec cat {fakes.folder}/12.txt; echo 'Socket timed out' >&2; exit 1\n")
+    with pytest.raises(Unobservable, match="Socket timed out"):
+        asyncio.run(het_backend.listing())
+
+
+def test_a_step_of_a_component_is_cancelled_by_the_components_own_id(fakes: Fakes) -> None:
+    """Its agent says 12.0, the job id that it finds in its environment (22.05): that is the trainer's step."""
+    het_backend = het(fakes, OTHER_STEP, "StepId=13.0 Name=a SrunHost:Pid=n1:26\n")
+    asyncio.run(het_backend.cancel([ref("a", "12.0")]))
+    assert fakes.calls()[-1] == ["scancel", "13.0"]
 
 
 # ---------------------------------------------------------------------------------------------------------- real Slurm

@@ -175,14 +175,23 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
 def _most_time_out(run: RunState, contexts: dict[str, Context]) -> bool:
     """Tell whether more than half of the groups time out and no step ended: then we are the suspect, not they.
 
-    A suspicion lasts while any group times out: the restart of one that its agent gave up must not convict the others.
+    The restart of a group that its own agent gave up must not convict the others: it counts as late for a while yet,
+    and a suspicion lasts while any group times out.
     """
     alive = [g for g in run.groups if g.phase in ALIVE]
     seen = [contexts[g.id].seen for g in alive]
     if any(s.exit is not None or s.process is not Process.RUNNING for group in seen for s in group.steps):
         return False
     late = [s for s in seen if any(e.failures and not e.refusals for e in s.endpoints)]
-    return bool(late) and (2 * len(late) > len(alive) or run.suspect_self_since is not None)
+    gone = sum(_timed_out_just_now(contexts[g.id], g) for g in run.groups)
+    return bool(late) and (2 * (len(late) + gone) > len(alive) + gone or run.suspect_self_since is not None)
+
+
+def _timed_out_just_now(ctx: Context, g: GroupState) -> bool:
+    """Tell whether it is down because it did not answer, and the others' next probes may not have ended since."""
+    if g.phase in ALIVE or g.failure is None or g.failure.reason is not Reason.NOT_ANSWERING:
+        return False
+    return ctx.obs.now - g.failure.at <= ctx.pool.probe.liveness_period_s + ctx.pool.probe.liveness_timeout_s
 
 
 def _suspect_self(run: RunState, contexts: dict[str, Context], obs: Observation, events: list[Event]) -> RunState:

@@ -222,6 +222,7 @@ def place(
         spares=fleet[len(usable) :],
         trainer_nodes=trainer or allocation.nodes,
         het_group=allocation.het_groups.get(fleet[0]),
+        het_job=allocation.het_jobs[allocation.het_groups[fleet[0]]] if allocation.het_jobs else "",
         slurm=request.slurm,
         heartbeat_s=request.heartbeat_s,
         audit_s=request.audit_s,

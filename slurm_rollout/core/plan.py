@@ -188,6 +188,7 @@ class FleetPlan:
     spares: tuple[str, ...]
     trainer_nodes: tuple[str, ...]  # all of the allocation where the fleet takes all of it
     het_group: int | None = None  # component of a heterogeneous job that the fleet's nodes belong to
+    het_job: str = ""  # and that component's own job id
     slurm: SlurmSettings
     heartbeat_s: float = 5.0
     audit_s: float = 300.0
