@@ -76,11 +76,12 @@ PER_MEMBER = (
     COMMON
     + """\
 while true; do
-  n=$((n + 1)); export ROLLOUT_INCARNATION=$n
+  n=$((n + 1)); export ROLLOUT_INCARNATION=$n; pids=()
   for rank in 0 1 2 3; do
     ROLLOUT_RANK=$rank srun --overlap --mem=0 -N1 -n1 -w n$((rank + 1)) --gres=gpu:8 --job-name=m$rank $engine &
+    pids+=($!)
   done
-  wait -n
+  wait -n ${{pids[@]}}
   scancel $(squeue -h -s -j $SLURM_JOB_ID -o %i | grep -E '\\.[0-9]+$')
   wait
 done

@@ -66,9 +66,15 @@ class _Step:
     exited_at: float | None = None
     exit_code: int | None = None
     offset: int = 0
-    said: dict[str, Any] = field(default_factory=dict)
-    listening: dict[int, str] = field(default_factory=dict)
+    # What its agent reported.
+    spoke: bool = False
+    step_id: str = ""
+    waiting_for: str = ""
+    fenced: bool = False
+    started: tuple[int, ...] | None = None
+    listening: set[int] = field(default_factory=set)
     failing: dict[int, int] = field(default_factory=dict)
+    stranger: str = ""
     exit: ExitRecord | None = None
 
 
@@ -168,17 +174,21 @@ class Steps:
     def signal(self, action: Go | Stop) -> None:
         """Send `go` or stop to the agents, through their holders: srun forwards USR1 and USR2 to its task."""
         number = signal.SIGUSR2 if isinstance(action, Go) else signal.SIGUSR1
-        for step in self._of(action):
-            if step.process is Process.RUNNING and step.pid is not None and proc.lives(step.pid, step.pid_started):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(step.pid, number)
+        living = [
+            step.pid
+            for step in self._of(action)
+            if step.process is Process.RUNNING and step.pid is not None and proc.lives(step.pid, step.pid_started)
+        ]
+        for pid in living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def refs(self, action: Cancel) -> list[StepRef]:
         """Return what the backend needs to cancel these steps."""
         return [
             StepRef(
                 name=step_name(self._plan, step.key.group, step.key.incarnation, step.key.node, sweep=step.key.sweep),
-                step_id=str(step.said.get("step", "")),
+                step_id=step.step_id,
                 pid=step.pid if step.process is Process.RUNNING else None,
             )
             for step in self._of(action)
@@ -250,7 +260,8 @@ class Steps:
         complete = data[: data.rfind(b"\n") + 1]
         step.offset += len(complete)
         for line in complete.splitlines():
-            with contextlib.suppress(ValueError):
+            # A site's prolog or plugin may print here, too: whatever is no report is none of ours.
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 report = json.loads(line)
                 if isinstance(report, dict):
                     _take_in(step, report)
@@ -330,29 +341,34 @@ def _private(path: str, flags: int) -> int:
 
 
 def _take_in(step: _Step, report: dict[str, Any]) -> None:
-    kind = report.get("report")
-    if kind == "local_probe":
-        step.failing[int(report["rank"])] = int(report["failures"])
-    elif kind == "listening":
-        step.listening[int(report["rank"])] = str(report.get("address", ""))
-    elif kind == "exit":
-        step.exit = ExitRecord(
-            cause=str(report.get("cause", "")),
-            message=str(report.get("message", "")),
-            rank=report.get("rank"),
-            code=report.get("code"),
-            signal=report.get("signal"),
-            oom=bool(report.get("oom")),
-        )
-    elif kind == "hello":
-        step.said["hello"], step.said["step"] = True, report.get("step", "")
-    elif kind in ("fenced", "fence_waits", "started", "stranger"):
-        step.said[kind] = report
+    """Note one report; KeyError, TypeError or ValueError, and nothing noted, when it is not a complete one."""
+    match report.get("report"):
+        case "hello":
+            step.spoke, step.step_id = True, str(report.get("step", ""))
+        case "fence_waits":
+            step.waiting_for = str(report.get("message", ""))
+        case "fenced":
+            step.fenced = True
+        case "started":
+            step.started = tuple(int(r) for r in report["ranks"])
+        case "listening":
+            step.listening.add(int(report["rank"]))
+        case "stranger":
+            step.stranger = f"port {report['port']} is held by {report['holder']}, not by our engine"
+        case "local_probe":
+            step.failing[int(report["rank"])] = int(report["failures"])
+        case "exit":
+            step.exit = ExitRecord(
+                cause=str(report.get("cause", "")),
+                message=str(report.get("message", "")),
+                rank=report.get("rank"),
+                code=report.get("code"),
+                signal=report.get("signal"),
+                oom=bool(report.get("oom")),
+            )
 
 
 def _observation(step: _Step) -> StepObservation:
-    said = step.said
-    stranger = said.get("stranger")
     stderr = ""
     if step.process is Process.EXITED and step.exit is None:
         stderr = _last_words(step.stderr)
@@ -365,12 +381,12 @@ def _observation(step: _Step) -> StepObservation:
         exited_at=step.exited_at,
         exit_code=step.exit_code,
         stderr=stderr,
-        spoke="hello" in said,
-        fenced="fenced" in said,
-        waiting_for="" if "fenced" in said else str(said.get("fence_waits", {}).get("message", "")),
-        started=tuple(int(r) for r in said["started"]["ranks"]) if "started" in said else None,
+        spoke=step.spoke,
+        fenced=step.fenced,
+        waiting_for="" if step.fenced else step.waiting_for,
+        started=step.started,
         listening=tuple(sorted(step.listening)),
-        stranger=f"port {stranger['port']} is held by {stranger['holder']}, not by our engine" if stranger else "",
+        stranger=step.stranger,
         failing=dict(step.failing),
         exit=step.exit,
     )

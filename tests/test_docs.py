@@ -24,11 +24,12 @@ SPEC = (ROOT / "docs/spec.md").read_text(encoding="utf-8")
 
 
 def tables(model: type[Table] = Spec, path: str = "") -> Iterator[tuple[str, type[Table]]]:
-    """Yield the heading of every table of a spec file and its model; those that are defaults for pools only once."""
-    yield f"`{path}`" if path else "Top level", model
+    """Yield the heading of every table of a spec file that has keys, and its model; pools' own defaults only once."""
+    if keys(model):
+        yield f"`{path}`" if path else "Top level", model
     below = []
     for name, field in model.model_fields.items():
-        inner = next((a for a in parts(field.annotation) if isinstance(a, type) and issubclass(a, Table)), None)
+        inner = inner_table(field.annotation)
         if inner is None or (path == "[[pool]]" and name in Spec.model_fields and name != "env"):
             continue
         if name == "pool":
@@ -41,18 +42,18 @@ def tables(model: type[Table] = Spec, path: str = "") -> Iterator[tuple[str, typ
         yield from tables(inner, inner_path)
 
 
-def parts(annotation: Any) -> Iterator[Any]:
-    yield annotation
-    for inner in get_args(annotation):
-        yield from parts(inner)
+def inner_table(annotation: Any) -> type[Table] | None:
+    """Return the table that a key holds, also one among others (`[[pool]]`) or one that may be missing."""
+    if isinstance(annotation, type) and issubclass(annotation, Table):
+        return annotation
+    return next(filter(None, map(inner_table, get_args(annotation))), None)
 
 
 def keys(model: type[Table]) -> dict[str, str]:
     """Return the keys of a table that are no tables themselves, each with what its default cell must hold."""
     found = {}
     for name, field in model.model_fields.items():
-        is_table = any(isinstance(a, type) and issubclass(a, Table) for a in parts(field.annotation))
-        if is_table:
+        if inner_table(field.annotation):
             continue
         if field.is_required():
             found[name] = "required"

@@ -302,6 +302,7 @@ class Fleet(RuleBasedStateMachine):
 
     def the_budget_holds(self, before: RunState, obs: Observation, decision: Decision) -> None:
         policy, now = self.world.plan.pools[0].restart, self.world.now
+        ready_now = {e.group for e in decision.events if e.type == "ready"}
         for old, g in zip(before.groups, decision.state.groups, strict=True):
             ledger = self.ledgers[g.id]
             if old.phase in (Phase.FAILED, Phase.STOPPED) and g.phase not in (Phase.FAILED, Phase.STOPPED):
@@ -317,7 +318,7 @@ class Fleet(RuleBasedStateMachine):
                     assert g.failure is not None
                     charged = g.charge is not None or g.goes_to is Phase.FAILED
                     kind = "start" if g.failure.startup else "runtime"
-                    assert g.failure.startup is (old.phase not in ALIVE)
+                    assert g.failure.startup is (old.phase not in ALIVE and g.id not in ready_now)
                     assert charged or g.failure.reason in (Reason.TAKEOVER, Reason.LAUNCH_FAILED)
                     ledger.pending = (kind, now) if charged else None
                 elif event.type == "launching":

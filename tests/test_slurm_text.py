@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -215,7 +216,7 @@ srun --jobid=12 --overlap --mem=0 --nodes=1 --ntasks=1 --ntasks-per-node=1 --nod
 --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --mpi=none --input=none --export=ALL --job-name={name}{more} \
 /opt/py/bin/python3 -IS /run/agent.py"""
 
-LINES = {
+LINES: dict[str, tuple[dict[str, Any], dict[str, Any], str, int, str, str]] = {
     "GPUs of the node": ({}, {}, "n0", 32, "run.actor-0.3.0", " --gres=gpu:8"),
     "the second node": ({}, {}, "n1", 16, "run.actor-0.3.1", " --gres=gpu:4"),
     "as GPUs a node": ({"gpu_option": "gpus-per-node"}, {}, "n0", 32, "run.actor-0.3.0", " --gpus-per-node=8"),
@@ -253,7 +254,7 @@ LINES = {
 def test_the_srun_line(case: str) -> None:
     settings, options, node, cpus, name, more = LINES[case]
     plan = gpu_plan(**settings)
-    argv = srun.step_argv(plan, plan.group("actor/0"), node, 3, "12", agent="/run/agent.py", **options)  # type: ignore[arg-type]
+    argv = srun.step_argv(plan, plan.group("actor/0"), node, 3, "12", agent="/run/agent.py", **options)
     assert shlex.join(argv) == COMMON.format(node=node, cpus=cpus, name=name, more=more)
 
 
@@ -278,7 +279,7 @@ def test_the_backends_line_is_the_one_that_plan_prints() -> None:
 
 
 # What srun (22.05 to 26.05) takes for an option when it finds it in its environment (facts: slurm.md §0.12, §1.3).
-OPTIONS = """
+OPTIONS = """\
 SLURM_ACCOUNT SLURM_ACCTG_FREQ SLURM_BCAST SLURM_COMPRESS SLURM_CONSTRAINT SLURM_CORE_SPEC SLURM_CPU_BIND
 SLURM_CPU_BIND_TYPE SLURM_CPU_FREQ_REQ SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_DEBUG SLURM_DEPENDENCY
 SLURM_DISTRIBUTION SLURM_EXACT SLURM_EXCLUSIVE SLURM_EXPORT_ENV SLURM_GPU_BIND SLURM_GPU_FREQ SLURM_GPUS
@@ -291,8 +292,7 @@ SLURM_SPREAD_JOB SLURM_STDERRMODE SLURM_STDINMODE SLURM_STDOUTMODE SLURM_STEP_GR
 SLURM_TASK_PROLOG SLURM_THREADS SLURM_THREADS_PER_CORE SLURM_TIMELIMIT SLURM_TRES_PER_TASK SLURM_UNBUFFEREDIO
 SLURM_USE_MIN_NODES SLURM_WAIT SLURM_WCKEY SLURM_WORKING_DIR SLURM_HET_SIZE SLURM_STEP_ID SLURM_STEP_NODELIST
 SRUN_CPUS_PER_TASK SRUN_CONTAINER SRUN_EXPORT_ENV SRUN_ERROR SRUN_INPUT SRUN_OUTPUT SRUN_SEGMENT_SIZE
-SBATCH_EXPORT SLURMD_NODENAME
-""".split()
+SBATCH_EXPORT SLURMD_NODENAME"""
 
 
 def test_no_option_in_the_environment_reaches_srun_and_all_else_does() -> None:
@@ -308,7 +308,7 @@ def test_no_option_in_the_environment_reaches_srun_and_all_else_does() -> None:
         "SLURM_CLUSTERS": "alpha",
     }
     ours = {"ROLLOUT_BARRIER": "/x", "ROLLOUT_STEP": "{}"}
-    assert srun.scrubbed({**dict.fromkeys(OPTIONS, "7"), **ours, **users}) == users
+    assert srun.scrubbed({**dict.fromkeys(OPTIONS.split(), "7"), **ours, **users}) == users
 
 
 # ------------------------------------------------------------------------------------------------ scontrol and scancel
@@ -419,7 +419,7 @@ def test_a_command_that_hangs_is_no_answer_and_ends_with_all_that_it_started(fak
     child = fakes.folder / "child"
     fakes.make("scontrol", f"sleep 60 & echo $! > {child}; wait\n")
     began = time.monotonic()
-    with pytest.raises(Unobservable, match="scontrol -o show step 12 did not answer within 0.5 s"):
+    with pytest.raises(Unobservable, match=r"scontrol -o show step 12 did not answer within 0\.5 s"):
         asyncio.run(backend(0.5).listing())
     assert time.monotonic() - began < 5
     pid = int(child.read_text())
@@ -481,8 +481,8 @@ def test_a_step_that_has_no_id_yet_is_cancelled_through_its_srun(
 def test_where_slurm_is_silent_the_sruns_are_told(fakes: Fakes, srun_process: subprocess.Popen[bytes]) -> None:
     fakes.make("scontrol", "exit 1\n")
     fakes.make("scancel", "exit 1\n")
-    gone = subprocess.run(["true"], check=True) and 2**22 + 1
-    refs = [ref("a", "12.4"), ref("b", pid=srun_process.pid), ref("c"), ref("d", pid=gone)]
+    no_such_pid = 2**22 + 1
+    refs = [ref("a", "12.4"), ref("b", pid=srun_process.pid), ref("c"), ref("d", pid=no_such_pid)]
     asyncio.run(backend().cancel(refs))
     assert srun_process.wait(5) == -signal.SIGTERM
     assert fakes.calls()[-1] == ["scancel", "12.4"]

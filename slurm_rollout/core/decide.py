@@ -32,7 +32,6 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
     events: list[Event] = []
     run = _heed(plan, run, obs, events)
     contexts = _contexts(plan, run, obs)
-    run = _suspect_self(run, contexts, obs, events)
     run = _note_blindness(run, obs, events)
 
     actions, ports, want_listing, want_job = [], [], False, False
@@ -54,7 +53,8 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
         if out.wake_at is not None:
             wake_at = out.wake_at if wake_at is None else min(wake_at, out.wake_at)
 
-    after = barrier_rules.publish(plan, replace(run, groups=tuple(groups)), obs.now)
+    after = _suspect_self(replace(run, groups=tuple(groups)), contexts, obs, events)
+    after = barrier_rules.publish(plan, after, obs.now)
     if after.epoch != run.epoch:
         serving = ", ".join(f"{g} (incarnation {n})" for g, n in after.serving) or "nothing"
         events.append(Event(type="epoch", message=f"epoch {after.epoch}: {serving}", data={"epoch": after.epoch}))
@@ -175,38 +175,36 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
 def _most_time_out(run: RunState, contexts: dict[str, Context]) -> bool:
     """Tell whether more than half of the groups time out and no step ended: then we are the suspect, not they.
 
-    The restart of a group that its own agent gave up must not convict the others: it counts as late for a while yet,
-    and a suspicion lasts while any group times out.
+    While it holds anybody back, a suspicion lasts until nobody times out: the restart of a group that its own agent
+    gave up must not convict the others.
     """
     alive = [g for g in run.groups if g.phase in ALIVE]
     seen = [contexts[g.id].seen for g in alive]
     if any(s.exit is not None or s.process is not Process.RUNNING for group in seen for s in group.steps):
         return False
     late = [s for s in seen if any(e.failures and not e.refusals for e in s.endpoints)]
-    gone = sum(_timed_out_just_now(contexts[g.id], g) for g in run.groups)
-    return bool(late) and (2 * (len(late) + gone) > len(alive) + gone or run.suspect_self_since is not None)
-
-
-def _timed_out_just_now(ctx: Context, g: GroupState) -> bool:
-    """Tell whether it is down because it did not answer, and the others' next probes may not have ended since."""
-    if g.phase in ALIVE or g.failure is None or g.failure.reason is not Reason.NOT_ANSWERING:
-        return False
-    return ctx.obs.now - g.failure.at <= ctx.pool.probe.liveness_period_s + ctx.pool.probe.liveness_timeout_s
+    return bool(late) and (2 * len(late) > len(alive) or run.suspect_self_since is not None)
 
 
 def _suspect_self(run: RunState, contexts: dict[str, Context], obs: Observation, events: list[Event]) -> RunState:
+    """Note whether a suspicion holds anybody back: `run` is what was decided, so who is past the threshold is alive."""
+    over = [
+        e.failures - contexts[g.id].pool.probe.liveness_failure_threshold
+        for g in run.groups
+        if g.phase in ALIVE
+        for e in contexts[g.id].seen.endpoints
+    ]
+    if not any(o >= 0 for o in over):
+        if run.suspect_self_since is not None and run.suspect_self_told:
+            events.append(Event(type="sighted", reason="probes", message="probes are believed again"))
+        return replace(run, suspect_self_since=None, suspect_self_told=False)
+    if run.suspect_self_since is None:
+        run = replace(run, suspect_self_since=obs.now, suspect_self_told=False)
     # The agents look as often as we do, but not at the same moment: they get one more period to agree.
-    suspect = any(
-        c.ask_agents and any(e.failures > c.pool.probe.liveness_failure_threshold for e in c.seen.endpoints)
-        for c in contexts.values()
-    )
-    if suspect and run.suspect_self_since is None:
+    if not run.suspect_self_told and any(o > 0 for o in over):
         message = "most groups time out at once: only what their own agents see too counts as a failure"
         events.append(Event(type="blind", reason="probes", message=message))
-        return replace(run, suspect_self_since=obs.now)
-    if not suspect and run.suspect_self_since is not None:
-        events.append(Event(type="sighted", reason="probes", message="probes are believed again"))
-        return replace(run, suspect_self_since=None)
+        run = replace(run, suspect_self_told=True)
     return run
 
 

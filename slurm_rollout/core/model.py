@@ -99,6 +99,7 @@ class RunState:
     phase: PoolPhase = PoolPhase.WAITING
     blind_since: float | None = None  # Slurm does not answer
     suspect_self_since: float | None = None  # most groups time out at once: the coordinator is the suspect
+    suspect_self_told: bool = False
 
     def group(self, group_id: str) -> GroupState:
         """Return the group; KeyError when the run has no such group."""
