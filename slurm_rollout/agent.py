@@ -953,9 +953,9 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
     ooms = oom_kills()
     loading = [engine for engine in engines.values() if engine.member.entrypoint]
     probes: list[LocalProbe] = []
-    look_at = list_at = began
-    if step.log_max_bytes and any(member.log for member in step.members):
-        in_background(rotate_logs, [member.log for member in step.members if member.log], step.log_max_bytes)
+    # Engines come first: on a small node every look of ours would delay their start.
+    look_at, list_at, rotating = began + 0.05, began + 0.25, False
+    logs = [member.log for member in step.members if member.log]
     while True:
         ended = next((pid for pid in inbox.exits if pid in engines), None)
         if ended is not None:
@@ -974,9 +974,12 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
                         probes.append(engine.probe)
                         in_background(engine.probe.run)
             # Never later than a fiftieth of the time that loading has taken so far.
-            look_at = now + min(0.25, max(0.01, (now - began) / 50))
+            look_at = now + min(0.25, max(0.02, (now - began) / 50))
         if now >= list_at:
             records.write()
+            if step.log_max_bytes and logs and not rotating:
+                in_background(rotate_logs, logs, step.log_max_bytes)
+                rotating = True
             list_at = now + (0.25 if loading or now - began < 60 else 1.0)
         for probe in probes:
             probe.report()

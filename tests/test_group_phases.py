@@ -677,7 +677,7 @@ def test_a_silent_end_is_not_believed_without_a_listing_that_was_asked_after_it(
 
 def test_a_listing_that_was_asked_before_the_end_and_came_after_it_is_not_believed() -> None:
     w = ready()
-    before_launch = replace(w.snapshot(), names=frozenset())
+    before_launch = replace(w.snapshot(), names=frozenset(), pids=frozenset())
     w.now += 1.0
     w.blind = True
     w.vanish(G, "n0", lives=True)

@@ -311,6 +311,17 @@ def test_nobody_is_told_that_we_are_blind_before_the_agents_had_one_more_period_
     assert not w.events("blind")
 
 
+def test_nobody_is_told_that_we_are_blind_where_the_agents_agree() -> None:
+    w = ready(1)
+    time_out(w, 0, failures=THRESHOLD + 1)
+    agents_agree(w, 0)
+    w.tick()
+    w.tick()
+    assert restarting(w) == [0]
+    assert not w.events("blind")
+    assert not w.events("sighted")
+
+
 def test_refused_connections_do_not_make_the_coordinator_the_suspect() -> None:
     w = ready(3)
     for index in range(3):

@@ -143,7 +143,7 @@ def _play(run: RunDir, fleet: subprocess.Popen[bytes], refresh: Callable[[str], 
     faults.append(_strike(run, "hang (SIGSTOP)", "actor/1", 0, signal.SIGSTOP))
     refresh("fault: actor/1 rank 0 hangs (SIGSTOP). Nothing exits; only a real request can tell")
     reached("actor/1 to be ready again", lambda: ready("actor/1", 2))
-    refresh("both are back")
+    refresh("")
     return faults
 
 
@@ -200,17 +200,18 @@ def _live(run: RunDir) -> Iterator[Callable[[str], None]]:
 
     colours = {"ready": "green", "starting": "cyan", "stopping": "yellow", "fencing": "yellow", "failed": "red"}
     began = time.time()
-    headline = ""
+    fault = "no fault yet"
 
     def picture(what: str) -> Group:
-        nonlocal headline
-        headline = what or headline
+        nonlocal fault
+        if what.startswith("fault"):
+            fault = what
         table = Table(title="slurm-rollout demo: two groups of two, no Slurm", title_justify="left")
         for column in ("group", "phase", "incarnation", "restarts", "last failure"):
             table.add_column(column)
         with contextlib.suppress(FileNotFoundError, RolloutError):
             for group in read_json(run.status)["groups"]:
-                failure = group.get("last_failure") or {}
+                failure = group.get("failure") or {}
                 table.add_row(
                     group["id"],
                     Text(group["phase"], style=colours.get(group["phase"], "white")),
@@ -221,7 +222,7 @@ def _live(run: RunDir) -> Iterator[Callable[[str], None]]:
         lines = [
             Text(f"{e['at'] - began:5.1f} s  {event_line(e)}", overflow="ellipsis", no_wrap=True) for e in _events(run)
         ]
-        waits = Text(f"\n{headline if headline.startswith('fault') else 'waiting for ' + headline}\n", style="bold")
+        waits = Text(f"\n{fault}\nwaiting for {what}\n" if what and what != fault else f"\n{fault}\n\n", style="bold")
         return Group(table, waits, *lines[-12:])
 
     with Live(picture("both groups to be ready"), refresh_per_second=10) as live:
