@@ -97,14 +97,14 @@ def read_json(path: Path) -> Any:
         StoreError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as e:
         raise StoreError(f"{path} cannot be read: {e.strerror}") from None
     try:
-        return json.loads(text)
-    except ValueError as e:
+        return json.loads(content)
+    except (ValueError, RecursionError) as e:  # of bytes that are no text, too
         raise CorruptFile(f"{path} is not JSON: {e}") from None
 
 

@@ -79,7 +79,7 @@ def _pool_request(spec: Spec, pool: Pool) -> PoolRequest:
             counter=Counter(path=counter.path, name=counter.name) if counter else None,
             startup_timeout_s=probe.startup.timeout_s,
             startup_period_s=probe.startup.period_s,
-            startup_request_timeout_s=probe.startup.request_timeout_s,
+            startup_request_timeout_s=min(probe.startup.request_timeout_s, probe.startup.timeout_s),
             readiness_failure_threshold=probe.readiness.failure_threshold,
             liveness_period_s=probe.liveness.period_s,
             liveness_timeout_s=probe.liveness.timeout_s,
@@ -301,7 +301,7 @@ def _pool_problems(spec: Spec, pool: Pool) -> Iterator[tuple[Loc, str]]:
         yield ("env",), f"there is no [env.{pool.env}]; {have}"
     yield from _engine_problems(spec, pool)
     startup = merged(spec.probe, pool.probe).startup
-    if startup.request_timeout_s > startup.timeout_s:
+    if startup.request_timeout_s > startup.timeout_s and "request_timeout_s" in startup.model_fields_set:
         yield (
             ("probe", "startup"),
             f"request_timeout_s = {startup.request_timeout_s:g} is above timeout_s = {startup.timeout_s:g}",

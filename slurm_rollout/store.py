@@ -8,6 +8,7 @@ older staging directories, so that the late rename of an old writer fails.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -31,6 +32,9 @@ from slurm_rollout.core.phases import Phase, Reason
 from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import CorruptFile, LeaseLost, RunDirBusy, StoreError
 from slurm_rollout.rundir import RunDir, read_json
+
+CLAIM_TIMEOUT_S = 30.0
+"""How long a start waits for others that start on this host at the same moment."""
 
 
 def node_local_dir() -> Path:
@@ -74,43 +78,51 @@ def claim(run: RunDir, plan: FleetPlan, job: str) -> Claim:
         StoreError: the node-local directory cannot be used.
     """
     locks = node_local_dir() / "locks"
-    locks.mkdir(mode=0o700, exist_ok=True)
-    # Two that start at the same moment look at each other's notes one after the other.
-    with FileLock(locks / ".order.lock", timeout=30):
-        key = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:20]
-        lock = FileLock(locks / f"{key}.lock")
-        note = locks / f"{key}.json"
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            other = _read_note(note)
-            raise RunDirBusy(
-                f"{run.path} is in use by the coordinator of run {other.get('name', '?')!r} "
-                f"(pid {other.get('pid', '?')} on this host). Nothing was started. "
-                f"End it with `slurm-rollout stop --run-dir {run.path}`, "
-                "or name another directory with --run-dir"
-            ) from None
-        ours = {f"{address}:{port}" for group in plan.groups for address, port in group.endpoints()}
-        try:
-            for other_note in locks.glob("*.json"):
-                if other_note != note:
-                    _refuse_overlap(other_note, plan, job, ours)
-        except RunDirBusy:
-            lock.release()
-            raise
-        note.write_text(
-            json.dumps(
-                {
-                    "pid": os.getpid(),
-                    "name": plan.name,
-                    "job": job,
-                    "run_dir": str(run.path),
-                    "ports": sorted(ours),
-                    "backend": plan.backend,
-                }
-            ),
-            encoding="utf-8",
-        )
+    try:
+        locks.mkdir(mode=0o700, exist_ok=True)
+        # Two that start at the same moment look at each other's notes one after the other.
+        with FileLock(locks / ".order.lock", timeout=CLAIM_TIMEOUT_S):
+            return _claim(locks, run, plan, job)
+    except Timeout:
+        raise RunDirBusy(
+            f"another `up` on this host has been starting for {CLAIM_TIMEOUT_S:.0f} s and holds {locks}/.order.lock. "
+            "Nothing was started. Try again"
+        ) from None
+    except OSError as e:
+        raise StoreError(f"{e.filename or locks}: {e.strerror}. Name another place in ROLLOUT_TMPDIR") from None
+
+
+def _claim(locks: Path, run: RunDir, plan: FleetPlan, job: str) -> Claim:
+    key = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:20]
+    lock = FileLock(locks / f"{key}.lock")
+    note = locks / f"{key}.json"
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        other = _read_note(note)
+        raise RunDirBusy(
+            f"{run.path} is in use by the coordinator of run {other.get('name', '?')!r} "
+            f"(pid {other.get('pid', '?')} on this host). Nothing was started. "
+            f"End it with `slurm-rollout stop --run-dir {run.path}`, "
+            "or name another directory with --run-dir"
+        ) from None
+    ours = {f"{address}:{port}" for group in plan.groups for address, port in group.endpoints()}
+    try:
+        for other_note in locks.glob("*.json"):
+            if other_note != note:
+                _refuse_overlap(other_note, plan, job, ours)
+        content = {
+            "pid": os.getpid(),
+            "name": plan.name,
+            "job": job,
+            "run_dir": str(run.path),
+            "ports": sorted(ours),
+            "backend": plan.backend,
+        }
+        note.write_text(json.dumps(content), encoding="utf-8")
+    except BaseException:
+        lock.release()
+        raise
     return Claim(lock=lock, note=note)
 
 
@@ -158,19 +170,28 @@ def prepare(run: RunDir, plan: FleetPlan) -> None:
         StoreError: it cannot be made or written.
     """
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.path.chmod(0o700 if plan.private else 0o711)
+        _make_folders(run.path, 0o700 if plan.private else 0o711)
         for part in (run.requests, run.clients, run.logs, run.steps):
             part.mkdir(mode=0o700, exist_ok=True)
-        _write(run.path / ".prepare", run.plan, json.dumps(codec.encode(plan), indent=1))
+        _write_early(run, run.plan, json.dumps(codec.encode(plan), indent=1))
         agent = Path(__file__).with_name("agent.py").read_text(encoding="utf-8")
-        _write(run.path / ".prepare", run.agent, agent)
+        _write_early(run, run.agent, agent)
         if not plan.slurm.python:  # the nodes' interpreter is ours: it need not compile the agent at every start
             py_compile.compile(str(run.agent), cfile=str(run.compiled_agent), doraise=True)
     except OSError as e:
         raise StoreError(
             f"{e.filename or run.path}: {e.strerror}. The run directory must be writable; nothing was started"
         ) from None
+
+
+def _make_folders(path: Path, mode: int) -> None:
+    """Make a directory and the way to it. What is there keeps its mode: `--run-dir .` is somebody's project."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=mode, exist_ok=True)
+        folder.chmod(mode)  # the umask may have taken bits
+    if not missing:
+        path.mkdir(exist_ok=True)  # fails unless it is a directory
 
 
 def load_plan(run: RunDir) -> FleetPlan:
@@ -187,8 +208,15 @@ def load_plan(run: RunDir) -> FleetPlan:
         raise CorruptFile(f"{run.plan}: {e}") from None
 
 
-def _write(staging: Path, path: Path, text: str, mode: int = 0o600) -> None:
+def _write_early(run: RunDir, path: Path, text: str) -> None:
+    """Write a file before there is a coordinator."""
+    staging = run.path / ".prepare"
     staging.mkdir(mode=0o700, exist_ok=True)
+    _write(staging, path, text)
+
+
+def _write(staging: Path, path: Path, text: str, mode: int = 0o600) -> None:
+    """Replace a file in one step. FileNotFoundError without the staging directory: it must never be made here."""
     tmp = staging / path.name
     fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with open(fd, "w", encoding="utf-8") as f:
@@ -215,21 +243,21 @@ def load_state(
     except FileNotFoundError:
         old = RunState(run_id=uuid.uuid4().hex[:12], job=job, restart_count=restart_count, term=0)
         data = {}
-    except (ValueError, KeyError, TypeError) as e:
+    except (CorruptFile, ValueError, KeyError, TypeError) as e:
         raise CorruptFile(
-            f"{run.state}: {e}. It holds the run's epochs and incarnations: move it away only if no trainer "
-            "relies on them"
+            f"{run.state} is not understood: {e}. It holds the run's epochs and incarnations: "
+            "move it away only if no trainer relies on them"
         ) from None
     known = {g.id: g for g in old.groups}
     groups = [known.get(g.id, GroupState(id=g.id)) for g in plan.groups]
     same = (old.job, old.restart_count) == (job, restart_count) and data.get("boot_id") == proc.boot_id()
     if not same:
         groups = [_fresh(g) for g in groups]
-        old = replace(old, pools_once_ready=(), started_at=0.0)
     elif first:
         groups = [_begin_again(g) for g in groups]
     if not same or first:
-        old = replace(old, ending=Reason.NONE, ending_at=0.0)
+        # A trainer that starts now waits for all groups of a pool, as the first one did.
+        old = replace(old, ending=Reason.NONE, ending_at=0.0, pools_once_ready=(), started_at=0.0)
     groups = [g if g.since else replace(g, since=now, since_wall=time.time()) for g in groups]
     return replace(
         old,
@@ -283,55 +311,76 @@ class Store:
         self._term = term
         self._staging = run.staging(term)
         self._private = private
-        self._events: IO[str] | None = None
+        self._events = -1
         self._count = 0
 
     def open(self) -> None:
         """Begin the term: older writers' staging directories go, and with them their right to rename."""
         for entry in self.run.path.glob(".t*"):
-            if entry != self._staging:
+            number = entry.name[2:]
+            if entry == self._staging:
+                continue
+            if number.isdigit() and int(number) > self._term:
+                raise LeaseLost(f"{entry} is there: a newer coordinator took over. This one writes and stops nothing")
+            with contextlib.suppress(FileNotFoundError):
+                if number.isdigit():
+                    # In one step: into a directory that is emptied file by file, its owner can still write.
+                    entry = entry.rename(self.run.path / f".t{number}.before{self._term}")
                 shutil.rmtree(entry, ignore_errors=True)
         self._staging.mkdir(mode=0o700, exist_ok=True)
-        fd = os.open(self.run.events(self._term), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._events = os.fdopen(fd, "a", encoding="utf-8")
+        self._events = os.open(self.run.events(self._term), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
+        if self._events >= 0:
+            os.close(self._events)
+            self._events = -1
 
     def add_events(self, events: Iterable[Event], wall: float) -> list[dict[str, Any]]:
-        """Append events, and return them as they were written."""
-        assert self._events is not None, "open() comes first"
+        """Append events, all or none, and return them as they were written."""
         lines = []
-        for event in events:
-            self._count += 1
-            line: dict[str, Any] = {"n": self._count, "at": round(wall, 3), "term": self._term}
+        for n, event in enumerate(events, self._count + 1):
+            line: dict[str, Any] = {"n": n, "at": round(wall, 3), "term": self._term}
             line |= {k: v for k, v in codec.encode(event).items() if v not in ("", None, {}, 0)}
             if event.rank is not None:
                 line["rank"] = event.rank
             lines.append(line)
         if lines:
-            self._events.write("".join(json.dumps(line) + "\n" for line in lines))
-            self._events.flush()
+            if not self._staging.is_dir():
+                raise self._lost()
+            self._append("".join(json.dumps(line) + "\n" for line in lines).encode())
+            self._count += len(lines)
         return lines
 
+    def _append(self, data: bytes) -> None:
+        size = os.fstat(self._events).st_size
+        try:
+            if os.write(self._events, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run.events(self._term)))
+        except OSError:
+            # What is decided again is written again: no part of this attempt may stay.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._events, size)
+            raise
+
     def write_state(self, state: RunState) -> None:
-        document = {"boot_id": proc.boot_id(), "state": codec.encode(state)}
-        _write(self._staging_alive(), self.run.state, json.dumps(document))
+        self._replace(self.run.state, {"boot_id": proc.boot_id(), "state": codec.encode(state)})
 
     def write_barrier(self, document: Mapping[str, object]) -> None:
-        _write(self._staging_alive(), self.run.barrier, json.dumps(document))
+        self._replace(self.run.barrier, document)
 
     def write_status(self, document: Mapping[str, object]) -> None:
-        _write(self._staging_alive(), self.run.status, json.dumps(document), 0o600 if self._private else 0o644)
+        self._replace(self.run.status, document, 0o600 if self._private else 0o644)
 
-    def _staging_alive(self) -> Path:
-        """An old writer must not make its staging directory anew: `_write` would."""
-        if not self._staging.is_dir():
-            raise LeaseLost(
-                f"{self._staging} is gone: a newer coordinator took over. This one writes and stops nothing"
-            )
-        return self._staging
+    def _replace(self, path: Path, document: Mapping[str, object], mode: int = 0o600) -> None:
+        try:
+            _write(self._staging, path, json.dumps(document), mode)
+        except FileNotFoundError:
+            if self._staging.is_dir():
+                raise
+            raise self._lost() from None
+
+    def _lost(self) -> LeaseLost:
+        return LeaseLost(f"{self._staging} is gone: a newer coordinator took over. This one writes and stops nothing")
 
 
 def last_seq(run: RunDir) -> int:
@@ -344,8 +393,14 @@ def last_seq(run: RunDir) -> int:
 
 def read_requests(run: RunDir) -> list[tuple[Path, Request]]:
     """Return the operators' waiting requests, oldest first. What is no request comes with an empty verb."""
+    waiting = []
+    for entry in run.requests.glob("[!.]*.json"):
+        with contextlib.suppress(FileNotFoundError):  # withdrawn
+            info = entry.lstat()
+            if stat.S_ISREG(info.st_mode):
+                waiting.append((info.st_mtime_ns, entry))
     found = []
-    for entry in sorted(run.requests.glob("*.json"), key=lambda p: p.stat().st_mtime):
+    for _, entry in sorted(waiting):
         try:
             data = read_json(entry)
             request = Request(
@@ -364,12 +419,23 @@ def read_requests(run: RunDir) -> list[tuple[Path, Request]]:
 
 
 def read_lease(run: RunDir) -> dict[str, Any]:
-    """Return what the last `up` on this run directory said of itself; empty where that is not known."""
+    """Return what the last `up` on this run directory said of itself; empty when there was none.
+
+    Raises:
+        StoreError: it cannot be read or understood. Then it may be anybody's.
+    """
     try:
         found = read_json(run.lease)
-    except (FileNotFoundError, StoreError):
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except CorruptFile as e:
+        found = e
+    if not isinstance(found, dict):
+        raise CorruptFile(
+            f"{run.lease} does not say who uses this run directory: {found}. Nothing was started. If no coordinator "
+            "of another host does, remove it; else name another directory with --run-dir"
+        )
+    return found
 
 
 def write_lease(run: RunDir, *, job: str, restart_count: int, ended: bool) -> None:
@@ -382,4 +448,4 @@ def write_lease(run: RunDir, *, job: str, restart_count: int, ended: bool) -> No
         "ended": ended,
         "at": round(time.time(), 3),
     }
-    _write(run.path / ".prepare", run.lease, json.dumps(document))
+    _write_early(run, run.lease, json.dumps(document))

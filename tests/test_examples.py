@@ -157,7 +157,7 @@ class ExampleFleet(SlurmFleet):
 
 def stub_instead_of_engine(spec: str) -> str:
     """Return the template with another engine command and shorter times; the rest stays as it is."""
-    stub = ["python3", "-m", "slurm_rollout.testing.stub_engine", "--load-s=1", "--model=policy", "--entrypoints=leader"]
+    stub = ["python3", "-m", "slurm_rollout.testing.stub_engine", "--load-s=1", "--model=policy"]
     spec, commands = re.subn(r"(?ms)^argv = \[$.*?^\]$", f"argv = {json.dumps(stub)}", spec)
     assert commands == 1
     assert spec.count("sglang:realtime_tokens_total") == 1
@@ -183,8 +183,10 @@ def example(request: pytest.FixtureRequest, real_slurm: None) -> Iterator[Exampl
 def recovery(fleet: Fleet, group: str, fault_at: float) -> dict[str, float]:
     """Return the seconds from the fault until each stage of the recovery."""
     kinds = {"failure": "seen", "stopped": "stopped", "fenced": "fenced", "ready": "ready"}
-    at = {e["type"]: e["at"] for e in fleet.events(group=group) if e["at"] >= fault_at and e["type"] in kinds}
-    return {name: round(at[kind] - fault_at, 3) for kind, name in kinds.items()}
+    after = [e for e in fleet.events(group=group) if e["at"] >= fault_at]
+    return {
+        name: round(next(e["at"] for e in after if e["type"] == kind) - fault_at, 3) for kind, name in kinds.items()
+    }
 
 
 @pytest.mark.slurm

@@ -216,7 +216,10 @@ ARGV = 'argv = ["serve", "{http_port}"]'
         (MINIMAL + "probe.startup.timeout_s = 0", "probe.startup.timeout_s (pool actor) = 0: should be greater than 0"),
         (MINIMAL + "probe.startup.timeout_s = inf", "should be a finite number"),
         (MINIMAL + "probe.startup.timeout_s = nan", "should be a finite number"),
-        (MINIMAL + "probe.startup.timeout_s = 9", "request_timeout_s = 60 is above timeout_s = 9"),
+        (
+            MINIMAL + "probe.startup = { timeout_s = 9, request_timeout_s = 60 }",
+            "request_timeout_s = 60 is above timeout_s = 9",
+        ),
         (MINIMAL + "probe.liveness.failure_threshold = 0", "should be greater than or equal to 1"),
         (MINIMAL + "probe.readiness = 3", "pool[0].probe.readiness (pool actor) = 3: should be a table"),
         (MINIMAL + 'probe.readiness.request = { path = "health" }', "should match pattern '^/'"),
@@ -254,7 +257,10 @@ def test_every_mistake_is_told_at_once() -> None:
         "pool[0].x (pool actor)",
         "fence.timeout_s",
     ]
-    meaning = problem(change(ARGV, 'argv = ["{a}", "{b}"]') + "min_ready = 5\nprobe.startup.timeout_s = 1\n")
+    meaning = problem(
+        change(ARGV, 'argv = ["{a}", "{b}"]')
+        + "min_ready = 5\nprobe.startup = { timeout_s = 1, request_timeout_s = 2 }\n"
+    )
     assert meaning.splitlines()[0] == "fleet.toml has 4 problems:"
 
 

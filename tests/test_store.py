@@ -224,7 +224,7 @@ def test_a_writer_that_was_taken_over_changes_nothing(ready: RunDir) -> None:
     assert write_all(old, "late") == [LeaseLost] * 4
     assert words(ready) == before
     assert [p.name for p in ready.path.glob(".t*")] == [".t2"]
-    with pytest.raises(LeaseLost, match="took over. This one writes and stops nothing"):
+    with pytest.raises(LeaseLost, match=r"took over\. This one writes and stops nothing"):
         old.write_state(some_state())
     for writer in (old, new):
         writer.close()
@@ -368,7 +368,7 @@ def test_an_event_that_could_not_be_written_is_written_once_when_it_can(ready: R
     assert [(e["n"], e["type"]) for e in read_events(ready)] == [(1, "up"), (2, "failure"), (3, "stopped")]
 
 
-# ---------------------------------------------------------------------------------------------------- what is found again
+# ------------------------------------------------------------------------------------------------ what is found again
 
 
 def live_state() -> RunState:
@@ -596,7 +596,7 @@ def test_a_request_that_is_withdrawn_or_is_no_file_disturbs_nobody(
     assert store.read_requests(ready) == found
 
 
-# --------------------------------------------------------------------------------------------------------- one at a time
+# ------------------------------------------------------------------------------------------------------- one at a time
 
 
 def test_a_run_directory_has_one_coordinator(run: RunDir) -> None:

@@ -44,9 +44,6 @@ counter = {{ path = "/metrics", name = "stub_tokens_total" }}
 base = {base}
 """
 
-PATIENCE_S = 25.0
-"""A step of the demo that takes longer than this has failed."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
@@ -73,6 +70,7 @@ def add_parser(subparsers: Any) -> None:
     cli.add_help(parser)
     parser.add_argument("--load-s", type=float, default=1.5, help="how long a stub engine loads (default: 1.5)")
     parser.add_argument("--port-base", type=int, default=21000, help="first port to use (default: 21000)")
+    parser.add_argument("--patience-s", type=float, default=25.0, help="for each of its steps (default: 25)")
     parser.add_argument("--plain", action="store_true", help="lines instead of a live table, also on a terminal")
     parser.set_defaults(run=run_demo)
 
@@ -89,7 +87,7 @@ def run_demo(args: argparse.Namespace) -> int:
         with _fleet(spec, run, log) as fleet:
             try:
                 with show(run) as refresh:
-                    faults = _play(run, fleet, refresh)
+                    faults = _play(run, fleet, refresh, args.patience_s)
             except DemoFailed as e:
                 raise DemoFailed(f"{e}\n{_tail(log)}") from None
         print()
@@ -113,20 +111,22 @@ def _fleet(spec: Path, run: RunDir, log: Path) -> Iterator[subprocess.Popen[byte
     finally:
         fleet.terminate()
         try:
-            fleet.wait(timeout=PATIENCE_S)
+            fleet.wait(timeout=25)
         except subprocess.TimeoutExpired:
             fleet.kill()
             fleet.wait()
 
 
-def _play(run: RunDir, fleet: subprocess.Popen[bytes], refresh: Callable[[str], None]) -> list[Fault]:
+def _play(
+    run: RunDir, fleet: subprocess.Popen[bytes], refresh: Callable[[str], None], patience_s: float
+) -> list[Fault]:
     def reached(what: str, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + patience_s
         while not done():
             if fleet.poll() is not None:
                 raise DemoFailed(f"the fleet ended with {fleet.returncode} before {what}")
             if time.monotonic() > deadline:
-                raise DemoFailed(f"waited {PATIENCE_S:g} s in vain for {what}")
+                raise DemoFailed(f"waited {patience_s:g} s in vain for {what}")
             refresh(what)
             time.sleep(0.05)
 

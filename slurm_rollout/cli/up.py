@@ -117,8 +117,8 @@ def _check_lease(run: RunDir, plan: FleetPlan, job: str, restart_count: int) -> 
     """
     from slurm_rollout import store
 
-    lease = store.read_lease(run)
-    if not lease or lease.get("ended") or plan.backend == "local":
+    lease = {} if plan.backend == "local" else store.read_lease(run)
+    if not lease or lease.get("ended"):
         return
     old = str(lease.get("job"))
     if lease.get("host") == os.uname().nodename or (old == job and lease.get("restart_count", 0) < restart_count):
@@ -128,7 +128,7 @@ def _check_lease(run: RunDir, plan: FleetPlan, job: str, restart_count: int) -> 
     from slurm_rollout.slurm.backend import SlurmBackend
 
     try:
-        facts = asyncio.run(SlurmBackend(old, "", plan.slurm.command_timeout_s).job())
+        record = asyncio.run(SlurmBackend(old, "", plan.slurm.command_timeout_s).job_record())
     except Unobservable as e:
         if "Invalid job id" in str(e):  # Slurm forgot it: MinJobAge after its end
             return
@@ -136,8 +136,8 @@ def _check_lease(run: RunDir, plan: FleetPlan, job: str, restart_count: int) -> 
             f"{run.path} was last used by job {old} on {lease.get('host')}, and Slurm does not say whether that ended "
             f"({e}). Nothing was started. Try again, or name another directory with --run-dir"
         ) from None
-    if facts.job == "running":
+    if not record.batch_ended:
         raise RunDirBusy(
-            f"{run.path} is in use by job {old} on {lease.get('host')}, which runs. Nothing was started. "
-            "Name another directory with --run-dir"
+            f"{run.path} is in use by job {old} on {lease.get('host')}, which is {record.state}. Nothing was started. "
+            "Wait for its end, or name another directory with --run-dir"
         )

@@ -65,7 +65,6 @@ engine = {{ kind = "command", argv = {json.dumps(argv)}, entrypoints = "{entrypo
 
 [probe.startup]
 timeout_s = 30
-request_timeout_s = 5
 
 [probe.liveness]
 period_s = 0.5
