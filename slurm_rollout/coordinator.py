@@ -77,7 +77,14 @@ class Coordinator:
     """One term."""
 
     def __init__(
-        self, plan: FleetPlan, run: RunDir, state: RunState, backend: Backend, exits: dict[tuple[int, int], int]
+        self,
+        plan: FleetPlan,
+        run: RunDir,
+        state: RunState,
+        backend: Backend,
+        exits: dict[tuple[int, int], int],
+        *,
+        drain: bool,
     ) -> None:
         self._plan = plan
         self._state = state
@@ -95,7 +102,7 @@ class Coordinator:
         self._listing_failed_at: float | None = None
         self._job = JobFacts(job=Job.UNKNOWN, time_left_s=None)
         self._job_asked_at: float | None = None
-        self._stop = False
+        self._stop = drain
         self._seq = last_seq(run)
         self._beat_at = 0.0
         self._audit_at = monotonic() + plan.audit_s
@@ -411,7 +418,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--term", type=int, required=True)
     parser.add_argument("--job", required=True)
     parser.add_argument("--restart-count", type=int, default=0)
-    parser.add_argument("--first", action="store_true", help="the first coordinator of this `up`")
+    parser.add_argument("--drain", action="store_true", help="adopt what runs, and end it")
+    parser.add_argument("--first-term", type=int, required=True, help="term of this `up`'s first coordinator")
     args = parser.parse_args(argv)
     # Without the supervisor nobody would start the next coordinator, and the engines would serve unwatched.
     proc.die_with_parent(signal.SIGTERM)
@@ -430,7 +438,7 @@ def main(argv: list[str] | None = None) -> int:
             job=args.job,
             restart_count=args.restart_count,
             term=args.term,
-            first=args.first,
+            first_term=args.first_term,
             now=monotonic(),
         )
     except RolloutError as e:
@@ -439,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
 
     async def supervise() -> int:
         backend = make_backend(plan, run, state.run_id, args.job)
-        return await Coordinator(plan, run, state, backend, read_exits(run.exits)).run()
+        return await Coordinator(plan, run, state, backend, read_exits(run.exits), drain=args.drain).run()
 
     return asyncio.run(supervise())
 

@@ -227,9 +227,9 @@ def _write(staging: Path, path: Path, text: str, mode: int = 0o600) -> None:
 
 
 def load_state(
-    run: RunDir, plan: FleetPlan, *, job: str, restart_count: int, term: int, first: bool, now: float
+    run: RunDir, plan: FleetPlan, *, job: str, restart_count: int, term: int, first_term: int, now: float
 ) -> RunState:
-    """Return the state that a coordinator of this term starts from; `first`: it is the first one of its `up`.
+    """Return the state that a coordinator of this term starts from; `first_term` is that of its `up`'s first one.
 
     In the same allocation it goes on where the last one was. In another one (a requeue, or a new job on the same run
     directory) nothing of the old steps is believed: groups start over, incarnations and epoch go on.
@@ -250,12 +250,13 @@ def load_state(
         ) from None
     known = {g.id: g for g in old.groups}
     groups = [known.get(g.id, GroupState(id=g.id)) for g in plan.groups]
+    another_up = old.term < first_term
     same = (old.job, old.restart_count) == (job, restart_count) and data.get("boot_id") == proc.boot_id()
     if not same:
         groups = [_fresh(g) for g in groups]
-    elif first:
+    elif another_up:
         groups = [_begin_again(g) for g in groups]
-    if not same or first:
+    if not same or another_up:
         # A trainer that starts now waits for all groups of a pool, as the first one did.
         old = replace(old, ending=Reason.NONE, ending_at=0.0, pools_once_ready=(), started_at=0.0)
     groups = [g if g.since else replace(g, since=now, since_wall=time.time()) for g in groups]
@@ -439,7 +440,11 @@ def read_lease(run: RunDir) -> dict[str, Any]:
 
 
 def write_lease(run: RunDir, *, job: str, restart_count: int, ended: bool) -> None:
-    """Say which host and job own the run directory now, or that they are done with it."""
+    """Say which host and job own the run directory now, or that they are done with it.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
     document = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -448,4 +453,7 @@ def write_lease(run: RunDir, *, job: str, restart_count: int, ended: bool) -> No
         "ended": ended,
         "at": round(time.time(), 3),
     }
-    _write_early(run, run.lease, json.dumps(document))
+    try:
+        _write_early(run, run.lease, json.dumps(document))
+    except OSError as e:
+        raise StoreError(f"{e.filename or run.lease}: {e.strerror}") from None

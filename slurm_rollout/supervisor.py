@@ -44,6 +44,9 @@ FINAL = {
 }
 """Exit statuses of the coordinator after which no other one is started."""
 
+LAST_MEASURES = ((None, 2.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 1.0))
+"""What is done to processes that are left at the very end, and for how many seconds each is waited for."""
+
 _ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -72,6 +75,7 @@ class Supervisor:
         self._argv = list(trainer)
         self._term = term.first_term - 1
         self._coordinator: subprocess.Popen[bytes] | None = None
+        self._told_term = 0  # the term whose coordinator was told to drain
         self._restart_at = 0.0
         self._crashes: list[float] = []
         self._trainer: subprocess.Popen[bytes] | None = None
@@ -89,7 +93,9 @@ class Supervisor:
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in _ENDS:
-            signal.signal(number, lambda n, _: self._signals.append(n))
+            # nohup, or a shell's `&`, asked that HUP or INT shall not end this.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda n, _: self._signals.append(n))
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._start_coordinator()
         while not self._is_done():
@@ -118,10 +124,12 @@ class Supervisor:
             self._on_fleet_failed(now)
         if now >= self._kill_trainer_at:
             self._signal_trainer(signal.SIGKILL)
+        self._tell_coordinator()
 
     def _is_done(self) -> bool:
         if time.monotonic() >= self._end_by:
             log.error("the drain took longer than %.0f s: what is left is killed", drain_bound_s(self._plan))
+            self._code = self._code or 1
             return True
         trainer_ended = self._trainer is None or self._trainer_code is not None
         return self._over and trainer_ended
@@ -133,11 +141,24 @@ class Supervisor:
         log.info("%s", why)
         self._code = code
         self._end_by = time.monotonic() + drain_bound_s(self._plan)
-        if self._coordinator is not None:
-            self._coordinator.send_signal(signal.SIGTERM)
+        self._restart_at = 0.0
         if self._trainer is not None and self._trainer_code is None:
             self._signal_trainer(signal.SIGTERM)
             self._kill_trainer_at = time.monotonic() + TRAINER_GRACE_S
+
+    def _tell_coordinator(self) -> None:
+        """Pass on, once, that the run is to end; not before the coordinator can hear it.
+
+        While its interpreter starts, a TERM would be its death. Its staging directory is the first thing that it makes
+        after its signal handlers.
+        """
+        if self._code is None or self._coordinator is None or self._told_term == self._term:
+            return
+        if self._run.staging(self._term).is_dir():
+            self._told_term = self._term
+            # Not Popen's: that looks first whether it has ended, and then nobody else would hear of its end.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._coordinator.pid, signal.SIGTERM)
 
     def _on_fleet_failed(self, now: float) -> None:
         """A dead fleet never leaves a trainer waiting: its barrier says so; here it gets time to end by itself."""
@@ -158,15 +179,15 @@ class Supervisor:
             "slurm_rollout.coordinator",
             f"--run-dir={self._run.path}",
             f"--term={self._term}",
+            f"--first-term={self._how.first_term}",
             f"--job={self._how.job}",
             f"--restart-count={self._how.restart_count}",
         ]
-        if self._term == self._how.first_term:
-            argv.append("--first")
+        if self._code is not None:
+            argv.append("--drain")
+            self._told_term = self._term
         # A session of its own: a terminal's Ctrl-C reaches only the supervisor, which drains in order.
         self._coordinator = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
-        if self._code is not None:
-            self._coordinator.send_signal(signal.SIGTERM)
 
     def _start_trainer(self) -> None:
         environ = dict(os.environ)
@@ -206,7 +227,8 @@ class Supervisor:
         assert self._coordinator is not None
         self._coordinator.returncode = code  # it was reaped here, not by Popen
         self._coordinator = None
-        if code in (0, *FINAL):
+        # What a first one could not read, nobody could. A later one leaves engines alone by not starting.
+        if code in (0, *FINAL) and not (code == CANNOT_START and self._term > self._how.first_term):
             self._over = True
             self._begin_to_end(1 if code else 0, FINAL.get(code, "the fleet is drained"))
             if code:
@@ -232,8 +254,10 @@ class Supervisor:
     def _keep_exit(self, pid: int, started: int, code: int) -> None:
         line = json.dumps({"pid": pid, "started": started, "code": code}) + "\n"
         # A full disk loses an exit code, which is only a hint anyway, never the supervisor.
-        with contextlib.suppress(OSError), open(self._run.exits, "a", encoding="ascii") as f:
-            f.write(line)
+        with contextlib.suppress(OSError):
+            fd = os.open(self._run.exits, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with open(fd, "w", encoding="ascii") as f:
+                f.write(line)
 
     def _signal_trainer(self, number: int) -> None:
         if self._trainer is not None and self._trainer_code is None:
@@ -249,7 +273,7 @@ class Supervisor:
                 os.killpg(self._trainer.pid, signal.SIGKILL)
         # An srun whose agent said its last word may take a moment more. TERM makes srun end its step; KILL leaves that
         # to its twin.
-        for number, patience_s in ((None, 2.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 1.0)):
+        for number, patience_s in LAST_MEASURES:
             left = proc.descendants(os.getpid())
             if number is not None:
                 for process in left:

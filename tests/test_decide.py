@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -481,26 +483,40 @@ def test_a_sweep_that_was_journalled_and_never_launched_is_launched_again() -> N
 # ----------------------------------------------------------------------------------------------- what kind of function
 
 
-def fixed_points() -> list[World]:
-    worlds = [bring_to(phase) for phase in Phase]
-    blind = ready(2)
-    blind.blind = True
-    kill_all(blind)
-    blind.tick()
-    deaf = ready(2)
-    deaf.deaf.add("n1")
-    deaf.kill("actor/0", 0)
-    deaf.tick(3.0)
-    suspect = ready(3)
+def everything_ended_and_slurm_is_blind() -> World:
+    w = ready(2)
+    w.blind = True
+    kill_all(w)
+    w.tick()
+    return w
+
+
+def one_is_deaf() -> World:
+    w = ready(2)
+    w.deaf.add("n1")
+    w.kill("actor/0", 0)
+    w.tick(3.0)
+    return w
+
+
+def most_time_out() -> World:
+    w = ready(3)
     for i in range(2):
-        suspect.probe(f"actor/{i}", 0, failures=9)
-    suspect.change("actor/0", "n0", failing={0: 9})
-    return [*worlds, blind, deaf, suspect]
+        w.probe(f"actor/{i}", 0, failures=9)
+    w.change("actor/0", "n0", failing={0: 9})
+    return w
 
 
-@pytest.mark.parametrize("index", range(len(fixed_points())))
-def test_deciding_again_with_nothing_new_asks_for_nothing_new(index: int) -> None:
-    w = fixed_points()[index]
+WORLDS: dict[str, Callable[[], World]] = {phase.value: partial(bring_to, phase) for phase in Phase} | {
+    "blind": everything_ended_and_slurm_is_blind,
+    "deaf": one_is_deaf,
+    "suspect": most_time_out,
+}
+
+
+@pytest.mark.parametrize("make", WORLDS.values(), ids=WORLDS)
+def test_deciding_again_with_nothing_new_asks_for_nothing_new(make: Callable[[], World]) -> None:
+    w = make()
     w.now += 100.0
     obs = w.observe()
     first = decide(w.plan, w.state, obs)
@@ -510,10 +526,11 @@ def test_deciding_again_with_nothing_new_asks_for_nothing_new(index: int) -> Non
     assert again.events == ()
 
 
-def test_the_same_input_gives_the_same_decision() -> None:
-    for w in fixed_points():
-        obs = w.observe()
-        assert decide(w.plan, w.state, obs) == decide(w.plan, w.state, obs)
+@pytest.mark.parametrize("make", WORLDS.values(), ids=WORLDS)
+def test_the_same_input_gives_the_same_decision(make: Callable[[], World]) -> None:
+    w = make()
+    obs = w.observe()
+    assert decide(w.plan, w.state, obs) == decide(w.plan, w.state, obs)
 
 
 def test_what_is_seen_of_an_older_incarnation_or_of_no_group_of_the_run_is_not_a_fact() -> None:

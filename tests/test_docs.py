@@ -11,9 +11,12 @@ from typing import Any, get_args
 import pytest
 
 from slurm_rollout import cli
-from slurm_rollout.core.phases import diagram
+from slurm_rollout.barrier import Barrier
+from slurm_rollout.core.barrier_rules import barrier_document
+from slurm_rollout.core.phases import PoolPhase, diagram
 from slurm_rollout.engines.command import PLACEHOLDERS
 from slurm_rollout.spec_models import Spec, Table
+from slurm_rollout.testing.world import World, make_plan
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -88,6 +91,27 @@ def test_no_table_is_described_that_a_spec_does_not_have() -> None:
 def test_every_placeholder_is_described() -> None:
     for name in PLACEHOLDERS:
         assert f"`{{{name}}}`" in SPEC
+
+
+# ------------------------------------------------------------------------------------------------------------- barrier
+
+
+def test_the_barrier_file_is_described_as_it_is_written(tmp_path: Path) -> None:
+    text = (ROOT / "docs/barrier.md").read_text(encoding="utf-8")
+    example = text.partition("```json\n")[2].partition("```")[0]
+    shown = json.loads(example)
+    world = World(make_plan())
+    written: dict[str, Any] = barrier_document(world.plan, world.state, now=0.0, seq=1, clients={})
+    assert list(shown) == list(written)
+    for part in ("pools", "groups"):
+        assert list(shown[part][0]) == list(written[part][0])
+    _, _, fields = text.partition("## Fields")
+    for name in [*written, *(f"groups[].{key}" for key in written["groups"][0])]:
+        assert f"`{name}" in fields or name in ("groups[].reason", "groups[].since", "groups[].weights_version"), name
+    assert [p for p in PoolPhase if f"| `{p}` |" not in fields] == []
+    path = tmp_path / "barrier.json"
+    path.write_text(example, encoding="utf-8")
+    assert Barrier(path, job="").current().urls == ("http://n4:18000",)
 
 
 # ---------------------------------------------------------------------------------------------------------- all of them

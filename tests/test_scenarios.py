@@ -399,3 +399,18 @@ def test_term_in_any_phase_drains_and_leaves_no_process(lab: Lab, phase: str) ->
     assert all(not g["urls"] for g in fleet.barrier()["groups"])
     wait_for("no process of the run", lambda: not fleet.processes(), timeout_s=5)
     assert [e["type"] for e in fleet.events()][-1] == "ended"
+
+
+def test_term_before_the_coordinator_can_take_a_signal_drains_all_the_same(tmp_path: Path) -> None:
+    """Local only: in a batch job nobody can aim that well."""
+    for moment in range(8):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        with LocalFleet(folder).start(stub_spec(base=21500)) as fleet:
+            wait_for("up's first line", lambda f=fleet: "run directory" in f.output())  # type: ignore[misc]
+            began = time.monotonic()
+            wait_for(
+                "a moment of the start", lambda b=began, m=moment: time.monotonic() - b >= m * 0.05, period_s=0.002
+            )  # type: ignore[misc]
+            assert fleet.terminate(timeout_s=15) == 0
+            assert not fleet.processes()

@@ -415,7 +415,15 @@ def written(run: RunDir, state: RunState) -> RunState:
 
 
 def load(run: RunDir, plan: FleetPlan | None = None, **changes: Any) -> RunState:
-    how: dict[str, Any] = {"job": "12", "restart_count": 1, "term": 5, "first": False, "now": 100.0, **changes}
+    first_term = 5 if changes.pop("first", False) else 4
+    how: dict[str, Any] = {
+        "job": "12",
+        "restart_count": 1,
+        "term": 5,
+        "first_term": first_term,
+        "now": 100.0,
+        **changes,
+    }
     return store.load_state(run, plan or make_plan(2), **how)
 
 
@@ -473,6 +481,15 @@ def test_a_new_up_in_the_same_allocation_begins_ended_groups_again(ready: RunDir
     assert load(ready, make_plan(1)).groups[0].phase is phase
     (begun,) = load(ready, make_plan(1), first=True).groups
     assert (begun.phase, begun.incarnation, begun.restarts, begun.start_failures) == (Phase.PENDING, 3, 2, ())
+
+
+def test_a_new_up_is_a_new_one_until_one_of_its_coordinators_wrote_so(ready: RunDir) -> None:
+    written(ready, replace(live_state(), groups=(group(Phase.FAILED),)))
+    (begun,) = load(ready, make_plan(1), term=7, first_term=5).groups
+    assert begun.phase is Phase.PENDING, "terms 5 and 6 died too early"
+    written(ready, replace(live_state(), term=7, groups=(group(Phase.FAILED),)))
+    (failed,) = load(ready, make_plan(1), term=8, first_term=5).groups
+    assert failed.phase is Phase.FAILED
 
 
 def test_a_new_up_in_the_same_allocation_brings_back_what_was_being_drained(ready: RunDir) -> None:

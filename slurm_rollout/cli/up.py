@@ -6,12 +6,13 @@ import argparse
 import asyncio
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slurm_rollout import cli
-from slurm_rollout.errors import RunDirBusy, Unobservable, UsageError
+from slurm_rollout.errors import RunDirBusy, StoreError, Unobservable, UsageError
 from slurm_rollout.rundir import RunDir, default_run_dir
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ Let it be the last line of the batch script, with `exec`: otherwise TERM, the ti
 only, and the fleet is killed without a word to the trainer."""
 
 EPILOG = """\
-exit codes: the trainer's; 0 drained; 1 could not do it; 2 wrong spec or usage, nothing was started; 70 the fleet failed
+exit codes: the trainer's (127 not found, 126 no program, 128 + n ended by signal n); 0 drained; 1 could not do it;
+2 wrong spec or usage, nothing was started; 70 the fleet failed
 
 examples:
   exec slurm-rollout up fleet.toml -- python train.py
@@ -73,8 +75,10 @@ def run_up(args: argparse.Namespace) -> int:
     for warning in warnings:
         log.warning("warning: %s", warning)
     _warn_unless_exec()
+    if trainer and shutil.which(trainer[0]) is None:
+        log.error("the trainer %s is not there, or no program. Nothing was started", trainer[0])
+        return 126 if Path(trainer[0]).exists() else 127
     run = RunDir(Path(args.run_dir) if args.run_dir else default_run_dir())
-    os.umask(0o077)
     held = store.claim(run, plan, where.job)
     try:
         _check_lease(run, plan, where.job, where.restart_count)
@@ -88,7 +92,10 @@ def run_up(args: argparse.Namespace) -> int:
         )
         term = Term(job=where.job, restart_count=where.restart_count, first_term=store.next_term(run))
         code = Supervisor(plan, run, term, trainer).run()
-        store.write_lease(run, job=where.job, restart_count=where.restart_count, ended=True)
+        try:
+            store.write_lease(run, job=where.job, restart_count=where.restart_count, ended=True)
+        except StoreError as e:  # the run has ended all the same, and its exit code is the trainer's word
+            log.warning("warning: %s", e)
         return code
     finally:
         held.release()
