@@ -162,12 +162,17 @@ class Supervisor:
 
     def _on_fleet_failed(self, now: float) -> None:
         """A dead fleet never leaves a trainer waiting: its barrier says so; here it gets time to end by itself."""
+        failed_at = self._note_failure(now)
+        waits = self._trainer is not None and self._trainer_code is None
+        if not waits or now - failed_at >= TRAINER_AFTER_FAILURE_S:
+            self._begin_to_end(FLEET_FAILED, "ending, because the fleet failed")
+
+    def _note_failure(self, now: float) -> float:
+        """Return when the failure was first seen."""
         if self._failed_at is None:
             self._failed_at = now
             log.error("the fleet failed: see `slurm-rollout status --run-dir %s`", self._run.path)
-        waits = self._trainer is not None and self._trainer_code is None
-        if not waits or now - self._failed_at >= TRAINER_AFTER_FAILURE_S:
-            self._begin_to_end(FLEET_FAILED, "ending, because the fleet failed")
+        return self._failed_at
 
     # ------------------------------------------------------------------------------------------------------- children
 
@@ -246,10 +251,11 @@ class Supervisor:
         assert self._trainer is not None
         self._trainer.returncode = code
         self._trainer_code = 128 - code if code < 0 else code
-        if self._failed_at is not None:
-            self._begin_to_end(self._trainer_code or FLEET_FAILED, f"the trainer ended with {self._trainer_code}")
-        else:
-            self._begin_to_end(self._trainer_code, f"the trainer ended with {self._trainer_code}")
+        # It may have read of the failure before this process did.
+        if self._code is None and self._read_barrier() == "failed":
+            self._note_failure(time.monotonic())
+        code = self._trainer_code if self._failed_at is None else self._trainer_code or FLEET_FAILED
+        self._begin_to_end(code, f"the trainer ended with {self._trainer_code}")
 
     def _keep_exit(self, pid: int, started: int, code: int) -> None:
         line = json.dumps({"pid": pid, "started": started, "code": code}) + "\n"

@@ -265,6 +265,15 @@ def test_a_run_is_not_over_while_a_step_may_live() -> None:
     w.run_until(lambda: is_over(w.state), after_s=1.0)
 
 
+def test_a_run_is_over_when_the_last_group_is_stopped() -> None:
+    w = ready(2)
+    w.deaf.add("n3")
+    w.stop_signal = True
+    w.run_until(lambda: w.group(0).phase is P.STOPPED)
+    assert not is_over(w.state)
+    w.heal(lambda: is_over(w.state))
+
+
 def test_a_run_that_was_not_told_to_end_is_never_over() -> None:
     w = ready()
     w.ask("drain", "actor/0")
@@ -580,6 +589,18 @@ def test_a_failed_launch_is_woken_up_for_at_its_time_out() -> None:
     w.change("actor/0", "n1", spoke=True)
     decision = w.tick(w.plan.slurm.launch_timeout_s)
     assert decision.wake_at == w.group().since + w.plan.slurm.launch_timeout_s + w.plan.pools[0].fence.timeout_s
+
+
+def test_the_moment_of_the_cancel_and_of_each_next_one_is_woken_up_for() -> None:
+    w = ready()
+    w.deaf.add("n1")
+    w.undying.add("n1")
+    w.kill("actor/0", 0)
+    first = w.tick()
+    assert first.wake_at == w.now + w.plan.pools[0].stop.cancel_after_s
+    second = w.tick(1.0)
+    assert second.wake_at == w.now + 5.0
+    assert w.tick(1.0).wake_at == second.wake_at
 
 
 def test_every_event_about_a_group_names_it_and_its_incarnation() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from slurm_rollout.core import group as group_module
 from slurm_rollout.core.model import Cancel, ExitRecord, Go, GroupState, Job, Launch, Process, Stop
+from slurm_rollout.core.names import mark, step_name
 from slurm_rollout.core.phases import (
     ALIVE,
     MAY_HAVE_STEPS,
@@ -1045,6 +1046,21 @@ def test_the_pid_of_each_step_is_remembered_for_the_next_coordinator() -> None:
     assert [s.pid for s in w.group().steps] == [None, None]
     w.tick()
     assert [(s.node, s.pid, s.pid_started) for s in w.group().steps] == [("n0", 101, 101), ("n1", 102, 102)]
+
+
+def test_every_step_of_a_run_has_a_name_and_a_mark_of_its_own() -> None:
+    plan = make_plan(12, 2)
+    steps = [
+        (g.id, incarnation, node, sweep)
+        for g in plan.groups
+        for incarnation in (1, 2, 11, 12)
+        for node in g.nodes
+        for sweep in (False, True)
+    ]
+    names = {step_name(plan, g, n, node, sweep=sweep) for g, n, node, sweep in steps}
+    assert len(names) == len(steps)
+    assert all(" " not in name and "/" not in name for name in names)
+    assert len({mark("r", g, n, node) for g, n, node, _ in steps}) == len(steps) // 2
 
 
 def test_a_new_group_state_has_no_step_and_no_incarnation() -> None:

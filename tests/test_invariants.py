@@ -28,7 +28,7 @@ from slurm_rollout.core.model import (
     RunState,
     Stop,
 )
-from slurm_rollout.core.phases import ALIVE, Phase, PoolPhase, Reason
+from slurm_rollout.core.phases import ALIVE, MAY_HAVE_STEPS, Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import FencePolicy, ProbePolicy, ProbeRequest, RestartPolicy, StopPolicy
 from slurm_rollout.testing.world import World, make_plan
 
@@ -346,7 +346,8 @@ class Fleet(RuleBasedStateMachine):
 
     def one_incarnation_lives(self) -> None:
         for g in self.world.state.groups:
-            assert self.world.living(g.id) <= {g.incarnation}
+            may_live = {g.incarnation} if g.phase in MAY_HAVE_STEPS | {Phase.FENCING} else set()
+            assert self.world.living(g.id) <= may_live, "a step lives that is nobody's, or was taken for ended"
 
     # --------------------------------------------------------------------------------------------------- how it ends
 

@@ -32,7 +32,7 @@ from slurm_rollout.testing.world import make_plan
 
 BATCH = "StepId=12.batch UserId=59000 State=RUNNING NodeList=n1 Name=batch SrunHost:Pid=(null):0"
 
-# 22.05.8, as it was printed; the others from that with what each version adds (facts: slurm.md §2.2).
+# 22.05.8, as it was printed; the others from that with what each version adds (Slurm source).
 SHOW_STEP = {
     "20.11": """\
 StepId=12.batch UserId=1000 StartTime=2026-11-22T15:56:34 TimeLimit=UNLIMITED State=RUNNING Partition=main NodeList=n1 \
@@ -278,7 +278,7 @@ def test_the_backends_line_is_the_one_that_plan_prints() -> None:
     )
 
 
-# What srun (22.05 to 26.05) takes for an option when it finds it in its environment (facts: slurm.md §0.12, §1.3).
+# What srun (22.05 to 26.05) takes for an option when it finds it in its environment (srun(1)).
 OPTIONS = """\
 SLURM_ACCOUNT SLURM_ACCTG_FREQ SLURM_BCAST SLURM_COMPRESS SLURM_CONSTRAINT SLURM_CORE_SPEC SLURM_CPU_BIND
 SLURM_CPU_BIND_TYPE SLURM_CPU_FREQ_REQ SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_DEBUG SLURM_DEPENDENCY

@@ -196,7 +196,7 @@ def test_a_coordinator_is_started_with_its_term_in_a_session_of_its_own(up: Up) 
     up.wait_note("start", 5)
     assert up.term() == 0
     before = [True, "-m", "slurm_rollout.coordinator", f"--run-dir={up.run.path}"]
-    after = ["--job=7", "--restart-count=2", "--first-term=4"]
+    after = ["--first-term=4", "--job=7", "--restart-count=2"]
     assert [n[3:] for n in up.notes("start")] == [[*before, "--term=4", *after], [*before, "--term=5", *after]]
 
 
@@ -523,6 +523,22 @@ def test_after_a_failed_fleet_the_trainer_may_end_itself(up: Up, own: int, code:
     up.start(FAILS, up.python_trainer(trainer))
     assert up.code() == code
     assert "TERM" not in up.output()
+
+
+def test_a_trainer_that_reads_of_the_failure_first_hides_it_not(up: Up) -> None:
+    trainer = (
+        "import json, os, sys, time; print(os.getpid(), file=open(sys.argv[1] + '/.p', 'w'))\n"
+        "os.rename(sys.argv[1] + '/.p', sys.argv[1] + '/trains')\n"
+        "while json.load(open(sys.argv[1] + '/barrier.json'))['phase'] != 'failed': time.sleep(0.01)"
+    )
+    up.start(FAILS.replace("barrier('failed')", "wait_file('go'); barrier('failed')"), up.python_trainer(trainer))
+    pid = int(up.wait_file("trains"))
+    up.process.send_signal(signal.SIGSTOP)
+    up.touch("go")
+    wait_for("the trainer's end", lambda: (p := proc.read(pid)) is None or p.state == "Z")
+    up.process.send_signal(signal.SIGCONT)
+    assert up.code() == 70
+    assert "the fleet failed" in up.output()
 
 
 def test_after_a_failed_fleet_no_trainer_waits_for_ever(up: Up) -> None:

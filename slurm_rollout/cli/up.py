@@ -102,7 +102,7 @@ def run_up(args: argparse.Namespace) -> int:
 
 
 def _warn_unless_exec() -> None:
-    """In a batch script, TERM reaches only the process that Slurm started (facts: slurm.md A2)."""
+    """In a batch script, TERM reaches only the process that Slurm started (measured, 22.05.8)."""
     if "SLURM_JOB_ID" not in os.environ or "SLURM_STEP_ID" in os.environ:
         return
     try:

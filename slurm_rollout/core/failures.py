@@ -1,7 +1,7 @@
 """Has this incarnation failed, and which member is to blame? Pure.
 
 Any end that we did not ask for is a failure, whatever its code: engines lie (vLLM ends with 0 when its engine died,
-SGLang's leader kills itself with 9; facts/engines.md §0) and srun's code does too (0 on node failure before 23.02).
+SGLang's leader kills itself with 9: run, 0.32 and 0.5.23) and srun's code does too (0 on node failure before 23.02).
 """
 
 from __future__ import annotations

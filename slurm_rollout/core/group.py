@@ -178,7 +178,7 @@ def stop(ctx: Context, g: GroupState, reason: Reason, message: str, *, drain: bo
 def ended(ctx: Context, g: GroupState, step: StepObservation) -> bool | None:
     """Tell whether a step has ended; None when that was not observed.
 
-    srun's exit is a hint, not proof (facts/slurm.md A2, A3: a cut node, a hung slurmctld and a killed srun each leave
+    srun's exit is a hint, not proof (measured, 22.05.8: a cut node, a hung slurmctld and a killed srun each leave
     the server alive). Proof is the agent's exit record, or srun gone and a later valid listing without the step.
     """
     if step.exit is not None:

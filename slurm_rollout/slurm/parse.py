@@ -1,7 +1,7 @@
 """Slurm's text output to values. Pure.
 
 Text, not JSON: `scontrol --json` does not exist before 23.02, and `squeue --json` of 22.05 exits 0 with an empty list
-when slurmctld does not answer (facts: slurm.md §2.4, A3). Unknown keys and any order of keys are accepted.
+when slurmctld does not answer (measured). Unknown keys and any order of keys are accepted.
 """
 
 from __future__ import annotations

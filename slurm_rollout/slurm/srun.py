@@ -1,7 +1,7 @@
 """The srun line and the environment of one step. Pure.
 
 Every option is explicit, because sbatch's environment is srun's option input and differs by version: 22.05 and 23.02
-ignore SLURM_CPUS_PER_TASK, 23.11 reads it again and dies on a contradiction (facts: slurm.md §1.1, §1.3).
+ignore SLURM_CPUS_PER_TASK, 23.11 reads it again and dies on a contradiction (release notes and srun(1)).
 """
 
 from __future__ import annotations
