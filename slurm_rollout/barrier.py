@@ -332,7 +332,7 @@ class Barrier:
         return FleetFailed(
             reason,
             f"the fleet will not come back: {self._describe(state)} Save and end the trainer; "
-            "`slurm-rollout report` has the history",
+            "`slurm-rollout events` has the history",
         )
 
     def _coordinator_lost(self, state: State) -> CoordinatorLost:
@@ -354,7 +354,7 @@ class Barrier:
         wanted = "" if after_epoch is None else f" in an epoch above {after_epoch}"
         return BarrierTimeout(
             f"the fleet is not ready{wanted} after {waited_s:.0f} s: {self._describe(state)} "
-            "See `slurm-rollout status` and `slurm-rollout describe GROUP`, or wait longer"
+            "See `slurm-rollout status` and `slurm-rollout events`, or wait longer"
         )
 
     def _describe(self, state: State) -> str:

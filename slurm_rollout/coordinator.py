@@ -84,6 +84,7 @@ class Coordinator:
         backend: Backend,
         exits: dict[tuple[int, int], int],
         *,
+        first_term: int,
         drain: bool,
     ) -> None:
         self._plan = plan
@@ -103,6 +104,7 @@ class Coordinator:
         self._job = JobFacts(job=Job.UNKNOWN, time_left_s=None)
         self._job_asked_at: float | None = None
         self._stop = drain
+        self._first_term = first_term
         self._seq = last_seq(run)
         self._beat_at = 0.0
         self._audit_at = monotonic() + plan.audit_s
@@ -138,7 +140,7 @@ class Coordinator:
         adopted = sum(
             s.process == "running" for g in self._state.groups for s in self._steps.observe(g.id, g.incarnation)
         )
-        first = self._state.term == 1
+        first = self._state.term == self._first_term
         message = f"term {self._state.term} on {socket.gethostname()}" + (
             f", adopted {adopted} steps" if adopted else ""
         )
@@ -390,7 +392,7 @@ class Coordinator:
 
 def make_backend(plan: FleetPlan, run: RunDir, run_id: str, job: str) -> Backend:
     """Return the backend that the plan names."""
-    agent = str(run.agent if plan.slurm.python else run.compiled_agent)
+    agent = str(run.started_agent(plan.slurm.python))
     if plan.backend == "local":
         from slurm_rollout.local import LocalBackend
 
@@ -447,7 +449,10 @@ def main(argv: list[str] | None = None) -> int:
 
     async def supervise() -> int:
         backend = make_backend(plan, run, state.run_id, args.job)
-        return await Coordinator(plan, run, state, backend, read_exits(run.exits), drain=args.drain).run()
+        coordinator = Coordinator(
+            plan, run, state, backend, read_exits(run.exits), first_term=args.first_term, drain=args.drain
+        )
+        return await coordinator.run()
 
     return asyncio.run(supervise())
 

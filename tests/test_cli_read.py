@@ -542,7 +542,7 @@ def test_events_of_all_terms_in_order(
     assert main(["events", "--run-dir", str(run_dir)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "2026-09-21T14:13:20.250 -            up         2 groups",
-        "2026-09-21T14:13:21.250 actor/0.2    failure    engine_exited 1@n2 code -9 (restarts healthy ranks 0,2) "
+        "2026-09-21T14:13:21.250 actor/0.2    failure    engine_exited 1@n2 code -9 (restarts rank 0,2 too) "
         "stop 0.031 s fence 0.2 s",
         "2026-09-21T14:13:22.250 -            takeover",
     ]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from slurm_rollout.core.model import Launch, Stop
+from slurm_rollout.core.health import ProbeResult, fold
+from slurm_rollout.core.model import Endpoint, Launch, Stop
 from slurm_rollout.core.phases import ALIVE, Phase, Reason
 from slurm_rollout.testing.world import World, make_plan
 
@@ -164,6 +165,19 @@ def test_a_new_coordinator_takes_nobody_from_unready_to_ready_before_every_entry
     w.probe(name(0), 1, answers=True)
     w.tick()
     assert w.group().phase is P.READY
+
+
+def test_an_endpoint_answers_when_its_newest_probe_succeeded_and_a_probe_that_says_nothing_changes_nothing() -> None:
+    def probed(endpoint: Endpoint, *, ok: bool, lagged: bool = False) -> Endpoint:
+        return fold(endpoint, ProbeResult(kind="liveness", ok=ok, lagged=lagged, started_at=0.0, ended_at=1.0))
+
+    fresh = Endpoint(rank=0)
+    assert not fresh.answers
+    assert not probed(fresh, ok=False, lagged=True).answers
+    answering = probed(fresh, ok=True)
+    assert answering.answers
+    assert probed(answering, ok=False, lagged=True).answers
+    assert not probed(answering, ok=False).answers
 
 
 # ------------------------------------------------------------------------------------------- not what it should be

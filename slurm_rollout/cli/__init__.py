@@ -88,6 +88,9 @@ def _main(argv: list[str]) -> int:
     name = argv[0] if argv else ""
     parser = _top_parser()
     try:
+        if not argv:
+            parser.print_help(sys.stderr)
+            return 2
         if name not in modules:
             parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
             args = parser.parse_args(argv[:1])

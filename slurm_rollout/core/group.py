@@ -159,7 +159,9 @@ def stop(ctx: Context, g: GroupState, reason: Reason, message: str, *, drain: bo
     if drain:
         if g.phase is Phase.FENCING and not any(s.sweep for s in g.steps):
             return to(ctx, g, Phase.STOPPED, reason, message)
-        if g.phase in (Phase.PENDING, Phase.BACKOFF, Phase.FAILED):
+        if g.phase is Phase.FAILED:  # what it failed of stays said
+            return to(ctx, g, Phase.STOPPED, g.reason, g.message, charge=None)
+        if g.phase in (Phase.PENDING, Phase.BACKOFF):
             return to(ctx, g, Phase.STOPPED, reason, message, charge=None)
         return to(ctx, g, Phase.DRAINING, reason, message, charge=None, marks=Marks(seen_at=ctx.obs.now))
     return to(
@@ -289,7 +291,7 @@ def _launch(ctx: Context, g: GroupState, out: Out) -> GroupState:
         g.reason,
         "",
         incarnation=g.incarnation + 1,
-        restarts=g.restarts + (1 if g.incarnation else 0),
+        restarts=g.restarts + (1 if g.incarnation and g.reason is not Reason.FIRST_START else 0),
         **_NO_STEPS | {"steps": tuple(StepState(node=n) for n in nodes)},
         go_sent_at=None,
         goes_to=Phase.FENCING,

@@ -42,7 +42,7 @@ class StepState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marks:
-    """When the stages of the last recovery were reached, for events and `describe`. None: not yet."""
+    """When the stages of the last recovery were reached, for events. None: not yet."""
 
     seen_at: float | None = None
     stopped_at: float | None = None

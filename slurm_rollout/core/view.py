@@ -110,7 +110,7 @@ def event_line(event: Mapping[str, Any]) -> str:
     if isinstance(data, Mapping):
         peers = data.get("restarted_peers")
         if isinstance(peers, list | tuple) and peers:
-            words.append(f"(restarts healthy ranks {','.join(map(str, peers))})")
+            words.append(f"(restarts rank {','.join(map(str, peers))} too)")
         words += [f"{key.removesuffix('_s')} {value} s" for key, value in data.items() if key.endswith("_s")]
     return " ".join(str(word) for word in words if word).rstrip()
 
