@@ -203,6 +203,23 @@ def in_loop(lab: Lab, work: Callable[[Steps], Coroutine[Any, Any, None]]) -> Non
 # --------------------------------------------------------------------------------------------------------------- start
 
 
+@pytest.fixture
+def input_of_ours() -> Iterator[None]:
+    """Something to read on this process's standard input, which belongs to the trainer and to nobody else."""
+    reader, writer = os.pipe()
+    os.write(writer, b"for the trainer")
+    os.close(writer)
+    before = os.dup(0)
+    os.dup2(reader, 0)
+    try:
+        yield
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(reader)
+
+
+@pytest.mark.usefixtures("input_of_ours")
 def test_a_step_is_a_session_of_its_own_and_gets_its_orders_in_one_variable(lab: Lab, tmp_path: Path) -> None:
     out = tmp_path / "seen.json"
     lab.backend.script(

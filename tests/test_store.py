@@ -632,7 +632,7 @@ def test_a_run_directory_is_the_same_by_every_path_to_it(run: RunDir, tmp_path: 
     run.path.mkdir(parents=True)
     (tmp_path / "link").symlink_to(run.path)
     held = store.claim(run, make_plan(1), "12")
-    with pytest.raises(RunDirBusy):
+    with pytest.raises(RunDirBusy, match="is in use by"):
         store.claim(RunDir(tmp_path / "link"), make_plan(1), "12")
     held.release()
 

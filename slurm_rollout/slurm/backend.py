@@ -76,7 +76,7 @@ class SlurmBackend:
     async def cancel(self, steps: Sequence[StepRef]) -> None:
         """One scancel for all. A step without an id has no name yet either: its srun is told to give up.
 
-        scancel downloads every job record of the cluster first, then sends one RPC a step (Slurm source, 22.05 to 25.11).
+        scancel downloads every job record of the cluster, then sends one RPC a step (Slurm source, 22.05 to 25.11).
         """
         if not all(self._id(s) for s in steps):
             with contextlib.suppress(Unobservable):
