@@ -90,7 +90,7 @@ def until(look: Callable[[], T | None], what: str, deadline_s: float = DEADLINE_
 def free_port() -> int:
     """Return a port below the ephemeral range that nobody has."""
     while True:
-        port = random.randrange(12000, 30000)
+        port = random.randrange(9000, 12000)
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("0.0.0.0", port))
             return port

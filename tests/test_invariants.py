@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from slurm_rollout.core.bounds import recovery_bound
 from slurm_rollout.core.decide import decide, is_over
 from slurm_rollout.core.model import (
     Cancel,
@@ -362,7 +363,9 @@ class Fleet(RuleBasedStateMachine):
         w.ports_open.clear()
         self.forget_odd_sights()
         if not w.state.ending and not w.stop_signal and w.job is not Job.ENDING:
+            bound, began = recovery_bound(w.plan, w.plan.pools[0]), w.now
             self.until(lambda: w.phases() <= {Phase.READY, Phase.FAILED, Phase.STOPPED})
+            assert w.now - began <= bound.total_s + bound.backoff_s
             resting = [g.id for g in w.state.groups if g.phase in (Phase.FAILED, Phase.STOPPED)]
             if resting:
                 w.ask("resume", *resting)

@@ -56,7 +56,7 @@ def connects(port: int) -> bool:
 def free_port() -> int:
     """A port below the ephemeral range, where no outgoing connection of another test can take it."""
     while True:
-        port = random.randrange(20000, 32000)
+        port = random.randrange(31200, 32700)
         if port not in taken and bindable(port, reuse=False):
             taken.add(port)
             return port

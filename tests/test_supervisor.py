@@ -352,6 +352,13 @@ def test_a_signal_while_no_coordinator_lives_starts_one_that_drains(up: Up) -> N
     assert not up.notes("TERM"), "it might come before it can be heard"
 
 
+@pytest.mark.parametrize("status", [3, 4])
+def test_a_drain_that_was_given_up_is_no_success(up: Up, status: int) -> None:
+    up.start(f"listen(); note('listens'); obey({status})")
+    up.wait_note("listens")
+    assert up.term() == 1
+
+
 def test_a_drain_that_takes_too_long_is_cut_short_and_is_no_success(up: Up) -> None:
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     up.start(
