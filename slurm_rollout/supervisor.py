@@ -65,6 +65,11 @@ def drain_bound_s(plan: FleetPlan) -> float:
     return max(grace + DRAIN_MARGIN_S, TRAINER_GRACE_S) + 5.0
 
 
+def hold_signals() -> None:
+    """Let signals that end `up` wait until `Supervisor.run` can take them: it is told to end, not killed."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+
+
 class Supervisor:
     """Runs until the fleet is drained and the trainer, if there is one, has ended."""
 
@@ -97,6 +102,7 @@ class Supervisor:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda n, _: self._signals.append(n))
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
         self._start_coordinator()
         while not self._is_done():
             select.select([reader], [], [], 0.2)

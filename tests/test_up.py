@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -44,7 +45,7 @@ JOB = {
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory with a spec in it, in no job, where nothing may be started."""
     for name in [n for n in os.environ if n.startswith(("SLURM_", "ROLLOUT_"))]:
         monkeypatch.delenv(name)
@@ -59,7 +60,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "fleet.toml").write_text(SPEC)
     monkeypatch.chdir(folder)
-    return folder
+    # From a certain point on `up` holds signals back: in a test it is no process of its own.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    yield folder
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class Said:
@@ -271,6 +275,9 @@ def fleet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalFleet
         yield made
         if request.node.stash.get(FAILED, False):
             print(made.story())
+        if made.has_ended():  # then no coordinator may live, and one that does would start engines again
+            for pid in coordinators(made):
+                os.kill(pid, signal.SIGKILL)
 
 
 def small(fleet: LocalFleet, base: int = 0, **more: Any) -> str:
@@ -279,12 +286,18 @@ def small(fleet: LocalFleet, base: int = 0, **more: Any) -> str:
     return stub_spec(**{**how, **more})
 
 
+def coordinators(fleet: LocalFleet) -> list[int]:
+    found = []
+    for process in proc.own():
+        with contextlib.suppress(OSError):
+            if f"--run-dir={fleet.run.path}\0" in Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace"):
+                found.append(process.pid)
+    return found
+
+
 def nothing_is_left(fleet: LocalFleet) -> None:
     wait_for("no process of the fleet", lambda: not fleet.processes(), 5)
-    run = f"--run-dir={fleet.run.path}\0"
-    for process in proc.own():
-        cmdline = Path(f"/proc/{process.pid}/cmdline")
-        assert not (cmdline.exists() and run in cmdline.read_text(errors="replace")), "a coordinator"
+    assert not coordinators(fleet)
 
 
 TRAINER = """\

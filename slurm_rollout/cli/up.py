@@ -63,7 +63,7 @@ def run_up(args: argparse.Namespace) -> int:
         raise UsageError("no trainer after `--`: name its command, or leave the `--` out. Nothing was started")
     # Heavy ones only here: the other commands must stay light.
     from slurm_rollout import allocation, spec, store
-    from slurm_rollout.supervisor import Supervisor, Term, drain_bound_s
+    from slurm_rollout.supervisor import Supervisor, Term, drain_bound_s, hold_signals
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     wanted = spec.load_spec(args.spec)
@@ -82,6 +82,7 @@ def run_up(args: argparse.Namespace) -> int:
     held = store.claim(run, plan, where.job)
     try:
         _check_lease(run, plan, where.job, where.restart_count)
+        hold_signals()
         store.prepare(run, plan)
         store.write_lease(run, job=where.job, restart_count=where.restart_count, ended=False)
         log.info("run directory %s", run.path)

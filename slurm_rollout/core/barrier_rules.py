@@ -85,6 +85,8 @@ def barrier_document(
     troubled = [g for g in run.groups if not serves(g)]
     degraded = run.phase is PoolPhase.READY and any(v.reason == "degraded" for v in views)
     reason = "degraded" if degraded else next((v.reason for v in views if v.phase is run.phase and v.reason), "")
+    if run.phase is PoolPhase.FAILED:
+        reason = "budget_spent"  # also when the pools only say by now that the run is over
     return {
         "schema": SCHEMA,
         "run": plan.name,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from slurm_rollout.backend import JobFacts, StepRef, monotonic
-from slurm_rollout.core.model import Listing
+from slurm_rollout.core.model import Job, Listing
 from slurm_rollout.core.plan import FleetPlan, GroupPlan
 from slurm_rollout.errors import Unobservable
 from slurm_rollout.slurm import parse, srun
@@ -40,9 +40,9 @@ class SlurmBackend:
 
     async def listing(self) -> Listing:
         asked_at = monotonic()
-        steps = parse.steps(await self._run("scontrol", "-o", "show", "step", self._job), self._job)
+        steps = await self._own_steps()
         if self._component_job not in ("", self._job):
-            steps += await self._component_steps()
+            steps += parse.step_lines(await self._show_steps(self._component_job))
         self._ids = {s.name: s.id for s in steps if s.name}
         return Listing(
             asked_at=asked_at,
@@ -50,15 +50,25 @@ class SlurmBackend:
             pids=frozenset(s.srun_pid for s in steps if s.srun_pid is not None),
         )
 
-    async def _component_steps(self) -> tuple[parse.Step, ...]:
-        """Return the steps of a component other than the batch script's: no answer about the job itself has them."""
+    async def _own_steps(self) -> tuple[parse.Step, ...]:
+        """Return the steps of the batch script's job, in an answer that can be believed."""
+        text = await self._show_steps(self._job)
         try:
-            text = await self._run("scontrol", "-o", "show", "step", self._component_job)
+            return parse.steps(text, self._job)
+        except Unobservable:
+            # The batch step of a job that is being ended may go first; then the job's own record has to say so.
+            if (await self.job_record()).job is not Job.ENDING:
+                raise
+            return parse.step_lines(text)
+
+    async def _show_steps(self, job: str) -> str:
+        """Return what Slurm lists; empty where it says that there is nothing to list."""
+        try:
+            return await self._run("scontrol", "-o", "show", "step", job)
         except Unobservable as e:
             if "not found" not in str(e):
                 raise
-            text = ""  # it has no step, and the answer about the batch script's component was a valid one just now
-        return parse.step_lines(text)
+            return ""
 
     async def job_record(self) -> parse.JobRecord:
         """Return what Slurm says of the job.
