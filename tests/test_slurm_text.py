@@ -374,6 +374,22 @@ def test_a_listing_has_the_names_and_the_sruns_of_all_steps(fakes: Fakes) -> Non
     assert fakes.calls() == [["scontrol", "-o", "show", "step", "12"]]
 
 
+@pytest.mark.parametrize(
+    ("state", "believed"), [("COMPLETING", True), ("CANCELLED", True), ("RUNNING", False), ("ODD", False)]
+)
+def test_a_listing_without_the_batch_step_is_believed_only_of_a_job_that_is_being_ended(
+    fakes: Fakes, state: str, believed: bool
+) -> None:
+    step = "StepId=12.4 State=RUNNING Name=run.actor-0.1.1 SrunHost:Pid=n1:61"
+    job = f"JobId=12 JobState={state} EndTime=Unknown"
+    fakes.make("scontrol", f'if [ "$3" = step ]; then echo "{step}"; else echo "{job}"; fi\n')
+    if believed:
+        assert asyncio.run(backend().listing()).names == {"run.actor-0.1.1"}
+    else:
+        with pytest.raises(Unobservable, match="not believed"):
+            asyncio.run(backend().listing())
+
+
 def test_the_jobs_facts(fakes: Fakes) -> None:
     end = datetime.fromtimestamp(time.time() + 600).isoformat(timespec="seconds")
     fakes.answer("scontrol", f"JobId=12 JobState=RUNNING EndTime={end} TimeLimit=1\n")
