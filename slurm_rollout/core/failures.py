@@ -32,6 +32,10 @@ _CAUSES = {
 }
 
 
+_UNANSWERED = ("Socket timed out", "Unable to contact slurm controller")
+"""srun's words for a controller that does not answer (22.05 to 25.11): then it refused nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     failure: Failure
@@ -119,7 +123,8 @@ def _silent_end(g: GroupState, step: StepObservation) -> tuple[Reason, str, bool
     words = f": {step.stderr}" if step.stderr else ""
     if step.spoke:
         return Reason.STEP_ENDED, f"srun ended with {step.exit_code}{words}", True
-    return Reason.LAUNCH_FAILED, f"no step was launched, srun ended with {step.exit_code}{words}", True
+    unanswered = any(w in step.stderr for w in _UNANSWERED)
+    return Reason.LAUNCH_FAILED, f"no step was launched, srun ended with {step.exit_code}{words}", not unanswered
 
 
 def _late(

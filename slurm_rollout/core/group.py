@@ -126,7 +126,8 @@ def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bo
     )
     # What Slurm refused a moment ago it will refuse now: only engines' failures are followed by a start at once.
     first = 2 if failure.reason is Reason.LAUNCH_FAILED else 1
-    delay = restart.backoff_s(policy, len(runtime) + len(start) + first) if charged else 0.0
+    counted = len(runtime) + len(start) if charged else 0
+    delay = restart.backoff_s(policy, counted + first) if charged or first > 1 else 0.0
     out.events.append(
         event(
             g,
