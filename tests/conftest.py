@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from slurm_rollout.testing.slurm_cluster import SlurmCluster, SlurmClusterError, wait_until, why_unavailable
+
+# Whoever runs the tests under nohup or behind an `&` has these ignored, and every process that a test starts with them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(_number, signal.SIG_DFL)
 
 FAILED = pytest.StashKey[bool]()
 """Whether a test failed, for fixtures that then tell why."""
