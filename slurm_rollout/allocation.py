@@ -24,13 +24,15 @@ Resolve = Callable[[str], str | None]
 def from_slurm(
     environ: Mapping[str, str],
     *,
+    address: str = "{node}",
     gpus_per_node: int | None = None,
     cpus_per_node: int | None = None,
     resolve: Resolve | None = None,
 ) -> Allocation:
     """Return the allocation of the job that this process runs in.
 
-    The numbers, where given, stand for what Slurm says. `resolve` finds a node's address; default: `ip_of`.
+    `address` is a node's address, made of its name. The numbers, where given, stand for what Slurm says. `resolve`
+    finds the IP of an address; default: `ip_of`.
 
     Raises:
         UsageError: this is no job, or its environment makes no sense.
@@ -60,17 +62,22 @@ def from_slurm(
         nodes=tuple(cpus),
         cpus=cpus,
         gpus=gpus,
-        addresses={node: node for node in cpus},
-        ips=_ips(cpus, resolve),
+        addresses=_addresses(cpus, address),
+        ips=_ips(_addresses(cpus, address), resolve),
         het_jobs=tuple(environ.get(f"SLURM_JOB_ID{suffix}", "") for suffix in suffixes) if components else (),
         het_groups=het_groups if components else {},
     )
 
 
 def from_args(
-    hostlist: str, *, gpus_per_node: int | None = None, cpus_per_node: int | None = None, resolve: Resolve | None = None
+    hostlist: str,
+    *,
+    address: str = "{node}",
+    gpus_per_node: int | None = None,
+    cpus_per_node: int | None = None,
+    resolve: Resolve | None = None,
 ) -> Allocation:
-    """Return an allocation of these nodes, for looking at a plan before there is a job.
+    """Return an allocation of these nodes, for looking at a plan before there is a job; see `from_slurm`.
 
     Raises:
         UsageError: `hostlist` is none.
@@ -84,8 +91,8 @@ def from_args(
         nodes=nodes,
         cpus=dict.fromkeys(nodes, cpus_per_node or 1),
         gpus=dict.fromkeys(nodes, gpus_per_node or 0),
-        addresses={node: node for node in nodes},
-        ips=_ips(nodes, resolve),
+        addresses=_addresses(nodes, address),
+        ips=_ips(_addresses(nodes, address), resolve),
     )
 
 
@@ -137,11 +144,15 @@ def outgoing_ports(path: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) 
         return 32768, 60999
 
 
-def _ips(nodes: Iterable[str], resolve: Resolve | None) -> dict[str, str]:
-    names = list(nodes)
+def _addresses(nodes: Iterable[str], address: str) -> dict[str, str]:
+    return {node: address.replace("{node}", node) for node in nodes}
+
+
+def _ips(addresses: Mapping[str, str], resolve: Resolve | None) -> dict[str, str]:
     # At once: where a name server does not answer, one name after the other takes minutes.
     with ThreadPoolExecutor(max_workers=32) as threads:
-        return {n: ip for n, ip in zip(names, threads.map(resolve or ip_of, names), strict=True) if ip}
+        found = threads.map(resolve or ip_of, addresses.values())
+        return {node: ip for node, ip in zip(addresses, found, strict=True) if ip}
 
 
 def _hosts(environ: Mapping[str, str], variable: str) -> tuple[str, ...]:

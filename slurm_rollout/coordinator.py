@@ -40,6 +40,7 @@ from slurm_rollout.core.model import (
     Listing,
     Observation,
     RunState,
+    Snapshot,
     Stop,
 )
 from slurm_rollout.core.phases import ALIVE, Phase
@@ -276,7 +277,7 @@ class Coordinator:
             case Launch():
                 self._steps.launch(action)
                 self._forget_old_logs(action)
-            case Go() | Stop():
+            case Go() | Snapshot() | Stop():
                 self._steps.signal(action)
             case Cancel():
                 self._begin("cancel", self._cancel())

@@ -46,6 +46,10 @@ class RunDir:
     def member_log(self, group: str, incarnation: int, rank: int) -> Path:
         return self.logs / group / str(incarnation) / f"{rank}.log"
 
+    def member_snapshot(self, group: str, incarnation: int, rank: int) -> Path:
+        """What the member's processes were doing when the group hung, written by its agent."""
+        return self.logs / group / str(incarnation) / f"{rank}.snapshot.json"
+
     def step_reports(self, group: str, incarnation: int, node: str, *, sweep: bool = False) -> Path:
         """What the agent of that step says, written by srun on the batch host."""
         return self.steps / group / str(incarnation) / f"{node}{'.sweep' if sweep else ''}.jsonl"

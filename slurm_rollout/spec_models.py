@@ -32,6 +32,7 @@ class Nodes(Table):
     het_group: Annotated[int, Field(ge=0)] | None = None
     spares: Annotated[int, Field(ge=0)] = 0
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    address: Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]|\{node\})+$")] = "{node}"
 
 
 class Env(Table):
@@ -136,6 +137,7 @@ class Restart(Table):
 class Stop(Table):
     grace_s: SecondsOrZero = 0.0
     cancel_after_s: SecondsOrZero = 1.0
+    snapshot_s: Annotated[float, Field(ge=0, le=3)] = 3.0
 
 
 class Fence(Table):

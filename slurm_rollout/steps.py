@@ -27,6 +27,7 @@ from slurm_rollout.core.model import (
     Launch,
     Process,
     RunState,
+    Snapshot,
     StepObservation,
     Stop,
 )
@@ -74,6 +75,7 @@ class _Step:
     started: tuple[int, ...] | None = None
     listening: set[int] = field(default_factory=set)
     failing: dict[int, int] = field(default_factory=dict)
+    snapshot: bool = False
     stranger: str = ""
     exit: ExitRecord | None = None
 
@@ -171,9 +173,9 @@ class Steps:
 
     # -------------------------------------------------------------------------------------------------------- signals
 
-    def signal(self, action: Go | Stop) -> None:
-        """Send `go` or stop to the agents, through their holders: srun forwards USR1 and USR2 to its task."""
-        number = signal.SIGUSR2 if isinstance(action, Go) else signal.SIGUSR1
+    def signal(self, action: Go | Snapshot | Stop) -> None:
+        """Tell the agents, through their holders: srun forwards USR1 and USR2 to its task."""
+        number = signal.SIGUSR1 if isinstance(action, Stop) else signal.SIGUSR2
         living = [
             step.pid
             for step in self._of(action)
@@ -194,7 +196,7 @@ class Steps:
             for step in self._of(action)
         ]
 
-    def _of(self, action: Go | Stop | Cancel) -> Iterator[_Step]:
+    def _of(self, action: Go | Snapshot | Stop | Cancel) -> Iterator[_Step]:
         for node in action.nodes:
             for sweep in (False, True):
                 step = self._steps.get(Key(action.group, action.incarnation, node, sweep))
@@ -285,7 +287,7 @@ class Steps:
                 "gpu_memory_mb": pool.fence.gpu_memory_mb,
                 "unshared_gpus": group.unshared_gpus,
             },
-            "stop": {"grace_s": pool.stop.grace_s},
+            "stop": {"grace_s": pool.stop.grace_s, "snapshot_s": pool.stop.snapshot_s},
             "probe": {
                 "period_s": pool.probe.liveness_period_s,
                 "timeout_s": pool.probe.liveness_timeout_s,
@@ -333,6 +335,7 @@ class Steps:
             "ports": list(member.fenced_ports),
             "entrypoint": member.entrypoint,
             "log": str(self._run.member_log(group.id, key.incarnation, member.rank)),
+            "snapshot": str(self._run.member_snapshot(group.id, key.incarnation, member.rank)),
         }
 
 
@@ -357,6 +360,8 @@ def _take_in(step: _Step, report: dict[str, Any]) -> None:
             step.stranger = f"port {report['port']} is held by {report['holder']}, not by our engine"
         case "local_probe":
             step.failing[int(report["rank"])] = int(report["failures"])
+        case "snapshot":
+            step.snapshot = True
         case "exit":
             step.exit = ExitRecord(
                 cause=str(report.get("cause", "")),
@@ -388,6 +393,7 @@ def _observation(step: _Step) -> StepObservation:
         listening=tuple(sorted(step.listening)),
         stranger=step.stranger,
         failing=dict(step.failing),
+        snapshot=step.snapshot,
         exit=step.exit,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from slurm_rollout.core.bounds import CRASH_DETECT_S, STOP_MARGIN_S, recovery_bound
+from slurm_rollout.core.group import SNAPSHOT_MARGIN_S
 from slurm_rollout.core.plan import (
     Environment,
     FencePolicy,
@@ -29,7 +30,7 @@ POOL = PoolPlan(
     env=Environment(),
     probe=ProbePolicy(request=ProbeRequest(), startup_timeout_s=600, startup_request_timeout_s=20),
     restart=RestartPolicy(max_restarts=2, max_start_failures=1),
-    stop=StopPolicy(grace_s=7, cancel_after_s=2),
+    stop=StopPolicy(grace_s=7, cancel_after_s=2, snapshot_s=2),
     fence=FencePolicy(timeout_s=30),
 )
 PLAN = FleetPlan(
@@ -46,12 +47,17 @@ PLAN = FleetPlan(
 def test_every_stage_has_its_own_setting() -> None:
     bound = recovery_bound(PLAN, POOL)
     assert bound.detect_s == 15 + 4 * 30
+    assert bound.snapshot_s == 2 + SNAPSHOT_MARGIN_S
     assert bound.stop_s == 7 + 2 + STOP_MARGIN_S
     assert bound.fence_s == 60  # the coordinator's look, then the agents'
     assert bound.start_s == 40 + 600
     assert bound.verify_s == 20
-    assert bound.total_s == 135 + 14 + 60 + 640 + 20
-    assert bound.crash_total_s == bound.total_s - 135 + CRASH_DETECT_S
+    assert bound.total_s == 135 + 2.5 + 14 + 60 + 640 + 20
+    assert bound.crash_total_s == bound.total_s - 135 - 2.5 + CRASH_DETECT_S
+
+
+def test_without_a_snapshot_nothing_is_waited_for() -> None:
+    assert recovery_bound(PLAN, replace(POOL, stop=StopPolicy(snapshot_s=0))).snapshot_s == 0
 
 
 @pytest.mark.parametrize(

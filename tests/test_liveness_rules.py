@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from slurm_rollout.core.health import ProbeResult, fold
-from slurm_rollout.core.model import Endpoint, Launch, Stop
+from slurm_rollout.core.model import Endpoint, Launch, Snapshot, Stop
 from slurm_rollout.core.phases import ALIVE, Phase, Reason
+from slurm_rollout.core.plan import StopPolicy
 from slurm_rollout.testing.world import World, make_plan
 
 P = Phase
@@ -58,6 +59,79 @@ def test_a_hung_engine_is_restarted_when_the_threshold_is_reached_and_not_before
     assert failure.message == "4 liveness probes failed in a row: no answer within 30 s"
     assert not failure.startup
     assert failure.restarted_peers == (1,)
+    assert w.actions(Snapshot) == [Snapshot(group=name(0), incarnation=1, nodes=("n0", "n1"))]
+    assert w.actions(Stop) == []
+    w.tick()
+    assert w.actions(Stop) == [Stop(group=name(0), incarnation=1, nodes=("n0", "n1"))]
+
+
+def hung(stop: StopPolicy | None = None) -> World:
+    """A group that was just found to hang; its agents have not answered yet."""
+    w = World(make_plan(groups=2, stop=stop))
+    w.make_ready()
+    time_out(w, 0)
+    w.tick(act=False)
+    return w
+
+
+def test_a_hung_group_is_stopped_when_its_last_agent_has_looked_at_it() -> None:
+    w = hung()
+    w.change(name(0), "n0", snapshot=True)
+    w.tick()
+    assert w.actions(Stop) == []
+    w.change(name(0), "n1", snapshot=True)
+    w.tick(1.0)
+    assert w.actions(Stop) == [Stop(group=name(0), incarnation=1, nodes=("n0", "n1"))]
+    [told] = w.events("snapshot")
+    assert told.message == "what its processes were doing is written down"
+    assert told.data == {"snapshot_s": 1.01}
+
+
+def test_an_agent_that_does_not_look_delays_the_stop_by_no_more_than_its_time() -> None:
+    w = hung()
+    w.change(name(0), "n0", snapshot=True)
+    decision = w.tick(3.4)
+    assert w.actions(Stop) == []
+    assert decision.wake_at is not None
+    w.tick(decision.wake_at - w.now)
+    assert w.actions(Stop) == [Stop(group=name(0), incarnation=1, nodes=("n0", "n1"))]
+    assert w.events("snapshot")[0].message == "none from n1"
+
+
+def test_a_member_that_crashes_meanwhile_ends_the_wait() -> None:
+    w = hung()
+    w.kill(name(0), 1)
+    w.tick()
+    assert w.actions(Stop) == [Stop(group=name(0), incarnation=1, nodes=("n0",))]
+
+
+def test_a_run_that_ends_meanwhile_ends_the_wait() -> None:
+    w = hung()
+    w.stop_signal = True
+    w.tick()
+    assert Stop(group=name(0), incarnation=1, nodes=("n0", "n1")) in w.actions(Stop)
+
+
+def test_a_coordinator_that_dies_meanwhile_leaves_a_wait_that_ends() -> None:
+    w = hung()
+    w.restart()
+    w.tick()
+    assert w.actions(Stop) == []
+    w.tick(3.5)
+    assert w.actions(Stop) == [Stop(group=name(0), incarnation=1, nodes=("n0", "n1"))]
+
+
+def test_a_crash_waits_for_no_snapshot() -> None:
+    w = ready()
+    w.kill(name(0), 1)
+    w.tick()
+    assert w.actions(Snapshot) == []
+    assert w.actions(Stop) == [Stop(group=name(0), incarnation=1, nodes=("n0",))]
+
+
+def test_without_time_for_snapshots_there_is_none() -> None:
+    w = hung(StopPolicy(snapshot_s=0))
+    assert w.actions(Snapshot) == []
     assert w.actions(Stop) == [Stop(group=name(0), incarnation=1, nodes=("n0", "n1"))]
 
 

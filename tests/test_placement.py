@@ -224,7 +224,7 @@ HET = {
 }
 
 
-def from_slurm(environ: Mapping[str, str], **numbers: int) -> Allocation:
+def from_slurm(environ: Mapping[str, str], **numbers: Any) -> Allocation:
     return allocations.from_slurm(environ, resolve=lambda name: None, **numbers)
 
 
@@ -607,3 +607,35 @@ def test_a_node_without_a_usable_address_keeps_its_name_and_is_told() -> None:
     assert [m.argv[1] for m in plan(text, unknown).groups[0].members] == ["10.0.0.7", "n8"]
     assert "pool a uses {node_ip}, and no address of n8 was found here" in warnings(text, unknown)
     assert "node_ip" not in warnings(text)
+
+
+# ----------------------------------------------------------------------------------------------------------- addresses
+
+
+def test_nodes_can_have_an_address_that_is_not_their_name() -> None:
+    asked: list[str] = []
+
+    def resolve(address: str) -> str:
+        asked.append(address)
+        return "10.0.0.1"
+
+    text = pool("a", 1, "gpus = 16", ENGINE.replace('"{http_port}"', '"{node_ip}"')) + '[nodes]\naddress = "{node}-ib0"'
+    found = allocations.from_args("n[1-2]", address=spec(text).nodes.address, gpus_per_node=8, resolve=resolve)
+    group = plan(text, found).groups[0]
+    assert [m.url for m in group.members] == ["http://n1-ib0:18000", "http://n2-ib0:18000"]
+    assert group.members[0].argv == ("serve", "10.0.0.1")
+    assert group.master_address == "n1-ib0"
+    assert group.nodes == ("n1", "n2")
+    assert sorted(asked) == ["n1-ib0", "n2-ib0"]
+
+
+def test_nodes_with_one_address_share_its_ports() -> None:
+    found = from_slurm({**JOB, "SLURM_GPUS_ON_NODE": "8"}, address="127.0.0.1")
+    group = plan(pool("a", 1, "gpus = 16"), found).groups[0]
+    assert [m.url for m in group.members] == ["http://127.0.0.1:18000", "http://127.0.0.1:18016"]
+    assert group.nodes == ("n1", "n2")
+
+
+@pytest.mark.parametrize("address", ["", "{host}", "a b", "http://n1"])
+def test_an_address_is_made_of_the_nodes_name(address: str) -> None:
+    assert "nodes.address" in problem(pool("a", 1, "gpus = 8") + f'[nodes]\naddress = "{address}"')

@@ -84,8 +84,8 @@ def test_the_text(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["reward/1", "0", "n06", "2-3", "18016", "18017", "http://n06:18016"],
     ]
     assert table(text, "POOL    DETECT") == [
-        ["actor", "135", "6", "240", "3720", "60", "4161", "4027", "0-300"],
-        ["reward", "135", "6", "240", "3720", "60", "4161", "4027", "0-300"],
+        ["actor", "135", "3.5", "6", "240", "3720", "60", "4164.5", "4027", "0-300"],
+        ["reward", "135", "3.5", "6", "240", "3720", "60", "4164.5", "4027", "0-300"],
     ]
     assert "actor/0 on n05: 64 CPUs, sees all 8 GPUs of the node\n    ROLLOUT_MARK=RUN/actor/0/1/n05\n    srun " in text
     assert "    rank 1: serve --port=18000 'a b' 1\n" in text
@@ -125,7 +125,7 @@ def test_json_has_the_same_and_a_schema(path: Path, capsys: pytest.CaptureFixtur
     assert (step["node"], step["cpus"], step["gpus"]) == ("n06", 16, 8)
     assert step["mark"] == "ROLLOUT_MARK=RUN/reward/1/1/n06"
     assert "--nodelist=n06" in step["srun"]
-    assert actor["bound"]["total_s"] == 4161
+    assert actor["bound"]["total_s"] == 4164.5
     assert actor["bound"]["crash_total_s"] == 4027
 
 

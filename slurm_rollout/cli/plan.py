@@ -86,8 +86,8 @@ def _allocation(args: argparse.Namespace, spec: Spec) -> Allocation:
             )
         return allocations.local(spec)
     if args.nodes is not None:
-        return allocations.from_args(args.nodes, **numbers)
-    return allocations.from_slurm(os.environ, **numbers)
+        return allocations.from_args(args.nodes, address=spec.nodes.address, **numbers)
+    return allocations.from_slurm(os.environ, address=spec.nodes.address, **numbers)
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
@@ -233,10 +233,21 @@ def _gpus(member: Member) -> str:
 
 
 def _bound_rows(plan: FleetPlan) -> Iterator[list[str]]:
-    yield ["POOL", "DETECT", "STOP", "FENCE", "START", "VERIFY", "HANG_TOTAL", "CRASH_TOTAL", "BACKOFF_ADDS"]
+    yield [
+        "POOL",
+        "DETECT",
+        "SNAPSHOT",
+        "STOP",
+        "FENCE",
+        "START",
+        "VERIFY",
+        "HANG_TOTAL",
+        "CRASH_TOTAL",
+        "BACKOFF_ADDS",
+    ]
     for pool in plan.pools:
         b = recovery_bound(plan, pool)
-        stages = (b.detect_s, b.stop_s, b.fence_s, b.start_s, b.verify_s, b.total_s, b.crash_total_s)
+        stages = (b.detect_s, b.snapshot_s, b.stop_s, b.fence_s, b.start_s, b.verify_s, b.total_s, b.crash_total_s)
         yield [pool.name, *(f"{s:g}" for s in stages), f"0-{b.backoff_s:g}"]
 
 

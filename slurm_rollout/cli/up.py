@@ -70,7 +70,7 @@ def run_up(args: argparse.Namespace) -> int:
     if args.backend == "local":
         where = allocation.local(wanted)
     else:
-        where = allocation.from_slurm(os.environ, gpus_per_node=args.gpus_per_node)
+        where = allocation.from_slurm(os.environ, address=wanted.nodes.address, gpus_per_node=args.gpus_per_node)
     plan, warnings = spec.build_plan(wanted, where, backend=args.backend, port_range=allocation.outgoing_ports())
     for warning in warnings:
         log.warning("warning: %s", warning)

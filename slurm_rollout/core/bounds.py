@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slurm_rollout.core.group import SNAPSHOT_MARGIN_S
 from slurm_rollout.core.plan import FleetPlan, PoolPlan
 from slurm_rollout.core.restart import backoff_s
 
@@ -24,6 +25,7 @@ class Bound:
 
     crash_detect_s: float  # a member's process ended
     detect_s: float  # a member hangs, or is half dead: the liveness threshold has to be reached
+    snapshot_s: float  # after a hang: the agents' look at what its processes are doing
     stop_s: float  # grace, then scancel, then the proof that every step ended
     fence_s: float  # the coordinator's look at the ports, then the agents' proof on their nodes
     start_s: float  # srun until its agent speaks, then the engine's own start
@@ -33,12 +35,12 @@ class Bound:
     @property
     def total_s(self) -> float:
         """From a hang, the slowest kind of failure to see, until ready."""
-        return self.detect_s + self.stop_s + self.fence_s + self.start_s + self.verify_s
+        return self.detect_s + self.snapshot_s + self.stop_s + self.fence_s + self.start_s + self.verify_s
 
     @property
     def crash_total_s(self) -> float:
         """From the end of a member's process until ready."""
-        return self.total_s - self.detect_s + self.crash_detect_s
+        return self.total_s - self.detect_s - self.snapshot_s + self.crash_detect_s
 
 
 def recovery_bound(plan: FleetPlan, pool: PoolPlan) -> Bound:
@@ -52,6 +54,7 @@ def recovery_bound(plan: FleetPlan, pool: PoolPlan) -> Bound:
     return Bound(
         crash_detect_s=CRASH_DETECT_S,
         detect_s=probe.liveness_period_s + probe.liveness_failure_threshold * probe_s,
+        snapshot_s=pool.stop.snapshot_s + SNAPSHOT_MARGIN_S if pool.stop.snapshot_s else 0.0,
         stop_s=pool.stop.grace_s + pool.stop.cancel_after_s + STOP_MARGIN_S,
         fence_s=2 * pool.fence.timeout_s,
         start_s=plan.slurm.launch_timeout_s + probe.startup_timeout_s,

@@ -25,6 +25,7 @@ from slurm_rollout.core.model import (
     Marks,
     Observation,
     Process,
+    Snapshot,
     StepObservation,
     StepState,
     Stop,
@@ -36,7 +37,19 @@ from slurm_rollout.core.plan import FleetPlan, GroupPlan, PoolPlan
 REPEAT_S = 5.0
 """A stop or a cancel that shows no effect is sent again after this long."""
 
-_NO_STEPS: dict[str, Any] = {"steps": (), "stop_sent_at": None, "cancel_sent_at": None, "sweep_sent_at": None}
+_NO_STEPS: dict[str, Any] = {
+    "steps": (),
+    "snapshot_sent_at": None,
+    "stop_sent_at": None,
+    "cancel_sent_at": None,
+    "sweep_sent_at": None,
+}
+
+_HANGS = frozenset({Reason.NOT_ANSWERING, Reason.ANSWERS_ERROR, Reason.START_TIMEOUT})
+"""Failures of engines whose processes still run: what these are doing is the only evidence of what went wrong."""
+
+SNAPSHOT_MARGIN_S = 0.5
+"""So much longer than the agents take at most for a snapshot their word is waited for."""
 
 ASKING = "every step of the run ended: asking Slurm whether the job is ending"
 
@@ -152,6 +165,9 @@ def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bo
     )
     if g.phase is Phase.FENCING:  # nothing lives: no stop is needed
         return _settle(ctx, g, out)
+    if failure.reason in _HANGS and ctx.pool.stop.snapshot_s > 0:
+        out.actions.append(Snapshot(group=g.id, incarnation=g.incarnation, nodes=ctx.group.nodes))
+        g = replace(g, snapshot_sent_at=now)
     return to(ctx, g, Phase.STOPPING, failure.reason, failure.message)
 
 
@@ -390,6 +406,8 @@ def _stopping(ctx: Context, g: GroupState, out: Out) -> GroupState:
     living = _not_ended(ctx, g, ctx.seen.steps, out)
     if g.phase is Phase.STOPPING and g.goes_to is Phase.FENCING:
         _job_goes_on(ctx, g, out)  # asked while the steps end, so that nobody waits for the answer
+    if _awaits_snapshot(ctx, g, living, out):
+        return g
     if living or not _all_seen(ctx, g):
         return _end_steps(ctx, g, out, living)
     if g.goes_to is Phase.FAILED and g.phase is Phase.STOPPING and not _job_goes_on(ctx, g, out):
@@ -403,6 +421,30 @@ def _stopping(ctx: Context, g: GroupState, out: Out) -> GroupState:
         out.events.append(event(g, "drained", g.message))
         return to(ctx, g, Phase.STOPPED, g.reason, g.message)
     return _settle(ctx, g, out)
+
+
+def _awaits_snapshot(ctx: Context, g: GroupState, living: list[StepObservation], out: Out) -> bool:
+    """Tell whether agents may still be looking at a hung group. Only then: a step that ended is a crash by now."""
+    sent_at = g.snapshot_sent_at
+    if sent_at is None or g.stop_sent_at is not None or g.phase is not Phase.STOPPING:
+        return False
+    deadline = sent_at + ctx.pool.stop.snapshot_s + SNAPSHOT_MARGIN_S
+    silent = [s.node for s in living if not s.snapshot]
+    if (
+        silent
+        and ctx.obs.now < deadline
+        and all(s.process is Process.RUNNING for s in living)
+        and _all_live(ctx, living)
+    ):
+        out.wake(deadline)
+        return True
+    message = f"none from {', '.join(silent)}" if silent else "what its processes were doing is written down"
+    out.events.append(event(g, "snapshot", message, snapshot_s=round(ctx.obs.now - sent_at, 3)))
+    return False
+
+
+def _all_live(ctx: Context, living: list[StepObservation]) -> bool:
+    return {s.node for s in living}.issuperset(ctx.group.nodes)
 
 
 def _excuse(ctx: Context, g: GroupState) -> GroupState:

@@ -70,6 +70,7 @@ class GroupState:
     cancel_sent_at: float | None = None
     go_sent_at: float | None = None
     sweep_sent_at: float | None = None
+    snapshot_sent_at: float | None = None  # a hung group: its agents write down what they see before it is stopped
     failure: Failure | None = None  # the last one
     charge: Failure | None = None  # a failure not yet charged; it is at the next launch, never at the job's end
     runtime_failures: tuple[float, ...] = ()  # times of charged failures, within the budget's window
@@ -151,6 +152,7 @@ class StepObservation:
     listening: tuple[int, ...] = ()  # ranks whose HTTP socket is held by the agent's own tree
     stranger: str = ""  # who holds an entrypoint's socket, where it is not the agent's tree
     failing: Mapping[int, int] = field(default_factory=dict)  # rank -> node-local probe failures in a row
+    snapshot: bool = False  # the agent wrote down what its engines' processes were doing
     exit: ExitRecord | None = None
 
 
@@ -248,6 +250,15 @@ class Go:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The group hangs: agents write down what its processes are doing, before they are ended (SIGUSR2 after go)."""
+
+    group: str
+    incarnation: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
     """Agents end their trees (SIGUSR1)."""
 
@@ -265,7 +276,7 @@ class Cancel:
     nodes: tuple[str, ...]
 
 
-Action = Launch | Go | Stop | Cancel
+Action = Launch | Go | Snapshot | Stop | Cancel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,9 @@ class StopPolicy:
 
     grace_s: float = 0.0  # TERM first and this long to leave; 0: killed at once
     cancel_after_s: float = 1.0  # then scancel for what the agents did not end
+    snapshot_s: float = (
+        3.0  # so long a hung group's agents may look at its processes before it is stopped; 0: not at all
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from typing import TypeVar
 from slurm_rollout.core import codec
 from slurm_rollout.core.decide import decide
 from slurm_rollout.core.model import (
+    Action,
     Cancel,
     Decision,
     Endpoint,
@@ -32,6 +33,7 @@ from slurm_rollout.core.model import (
     Process,
     Request,
     RunState,
+    Snapshot,
     StepObservation,
     Stop,
 )
@@ -51,7 +53,7 @@ from slurm_rollout.core.plan import (
     StopPolicy,
 )
 
-A = TypeVar("A", Launch, Go, Stop, Cancel)
+A = TypeVar("A", Launch, Go, Snapshot, Stop, Cancel)
 
 Key = tuple[str, int, str, bool]
 """One step: group, incarnation, node, whether it is a sweep."""
@@ -212,7 +214,7 @@ class World:
                 self.ask_job(self.job if self.job is not Job.UNKNOWN else Job.RUNNING)
         return decision
 
-    def _perform(self, action: Launch | Go | Stop | Cancel, node: str) -> None:
+    def _perform(self, action: Action, node: str) -> None:
         if isinstance(action, Launch):
             self.launched += 1
             pid = 100 + self.launched
@@ -229,6 +231,8 @@ class World:
                 self._cancel(key, step)
             elif step.process is not Process.RUNNING or node in self.deaf:
                 continue
+            elif isinstance(action, Snapshot):
+                self.steps[key] = replace(step, snapshot=True)
             elif isinstance(action, Stop):
                 record = ExitRecord(cause="stopped", message="as asked")
                 self.steps[key] = replace(step, exit=record, process=Process.EXITED, exited_at=self.now, exit_code=0)
