@@ -6,7 +6,7 @@ group is left on this node (the fence), waits for the signal to go, starts its e
 whole process tree dead. What it finds out goes to standard output, one JSON object a line. What an engine prints goes
 to that engine's log. docs/agent-protocol.md describes all of it.
 
-Signals: USR2 go; USR1, TERM, INT, HUP, QUIT stop.
+Signals: USR2 go, later: write down what the engines' processes are doing; USR1, TERM, INT, HUP, QUIT stop.
 Exit status: 0 stopped or swept as asked, 80 an engine ended by itself, 81 a port is busy, 82 a leftover process could
 not be ended, 83 GPU memory is not back, 84 an equal or newer incarnation is here, 85 an engine could not be started,
 86 bad orders or an unusable node.
@@ -26,6 +26,7 @@ import socket
 import stat
 import sys
 import time
+from collections import Counter  # json needs it anyway
 
 # Every import delays every recovery: what only some steps need is imported where it is needed, `typing` not at all.
 TYPE_CHECKING = False
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     Evidence = tuple[int, str]  # incarnation, and what gave the process away
+    Look = tuple[float, "Process", dict[str, str]]  # when, what, thread -> state and wait channel
 
 STATUS = {
     "stopped": 0,
@@ -60,6 +62,16 @@ COUNTER_TIMEOUT_S = 10.0
 MAX_BODY_BYTES = 8 << 20
 LAST_LINES = 20
 LAST_LINES_BYTES = 4096
+
+GO_AGAIN_S = 2.0  # a coordinator that missed `started` repeats its go: within this, USR2 asks for no snapshot
+LOOKS_APART_S = 0.2  # two looks tell what spins from what sleeps
+ANSWER_SHARE = 0.8  # of a snapshot's time; the rest is for writing it
+MAX_THREADS = 200
+MAX_SOCKETS = 100
+MAX_STACKS = 4
+MAX_ANSWER_BYTES = 256 << 10
+SMI_QUESTIONS = ("--query-gpu=index,uuid,utilization.gpu,memory.used", "--query-compute-apps=pid,used_memory")
+TCP_STATES = "? ESTABLISHED SYN_SENT SYN_RECV FIN_WAIT1 FIN_WAIT2 TIME_WAIT CLOSE CLOSE_WAIT LAST_ACK LISTEN CLOSING"
 
 # A loopback address that no connection uses: only sockets that are bound to every address are in its way.
 ODD_LOOPBACK = "127.83.108.114"
@@ -122,6 +134,7 @@ class Member:
         self.ports: list[int] = orders["ports"]
         self.entrypoint: bool = orders["entrypoint"]
         self.log: str = orders["log"]
+        self.snapshot: str = orders["snapshot"]
 
 
 class Step:
@@ -145,6 +158,7 @@ class Step:
         self.gpu_memory_mb: int = orders["fence"]["gpu_memory_mb"]
         self.unshared_gpus: bool = orders["fence"]["unshared_gpus"]
         self.grace_s: float = orders["stop"]["grace_s"]
+        self.snapshot_s: float = orders["stop"]["snapshot_s"]
         self.probe: dict[str, Any] | None = orders["probe"]
         self.log_max_bytes: int = orders["log"]["max_bytes"]
         self.state_dir: str = orders.get("state_dir") or f"/tmp/slurm-rollout-{os.getuid()}"
@@ -242,12 +256,13 @@ class Inbox:
 class Process:
     """One process, as /proc/PID/stat has it; told from a later one with the same pid by its start time."""
 
-    __slots__ = ("dead", "name", "parent", "pid", "start")
+    __slots__ = ("dead", "fields", "name", "parent", "pid", "start")
 
     def __init__(self, pid: int, text: bytes) -> None:
         after = text.rindex(b")")
-        fields = text[after + 2 :].split(None, 20)
+        fields = text[after + 2 :].split(None, 22)
         self.pid = pid
+        self.fields = fields  # from the state on, which is the third in proc(5)
         self.name = text[text.index(b"(") + 1 : after].decode(errors="replace")
         self.parent = int(fields[1])
         self.start = int(fields[19])
@@ -260,8 +275,8 @@ def read_process(pid: int) -> Process | None:
     return Process(pid, text) if text else None
 
 
-def processes(uid: int | None = None) -> dict[int, Process]:
-    """Return the living processes, of one user only where `uid` is given (kernel threads make up most of the rest)."""
+def processes(uid: int | None = None, dead: bool = False) -> dict[int, Process]:
+    """Return the living processes, with `dead` zombies too, of one user where `uid` is given (most are kernel's)."""
     found = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -272,7 +287,7 @@ def processes(uid: int | None = None) -> dict[int, Process]:
         except OSError:
             continue
         process = read_process(int(entry))
-        if process is not None and not process.dead:
+        if process is not None and (dead or not process.dead):
             found[process.pid] = process
     return found
 
@@ -362,6 +377,8 @@ def spawn(
             prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             if os.getppid() != parent:
                 os._exit(1)
+            # Yama's ptrace_scope 1 lets ancestors look into a process; our py-spy will be a sibling.
+            prctl(0x59616D61, parent)  # PR_SET_PTRACER
         os.setpgid(0, 0)
         os.dup2(null, 0)
         os.dup2(stdout, 1)
@@ -379,6 +396,15 @@ def spawn(
         os.write(writer, text.encode()[:512])
     finally:
         os._exit(127)
+
+
+def ask(argv: list[str], inbox: Inbox) -> tuple[int, int]:
+    """Start a program that answers a question; return its pid and the pipe that it writes to."""
+    reader, writer = os.pipe()
+    pid, result = spawn(argv, os.environ, inbox, stdout=writer, stderr=writer)
+    os.close(writer)
+    os.close(result)
+    return pid, reader
 
 
 def exit_code(status: int) -> int:
@@ -605,9 +631,7 @@ class Row:
     __slots__ = ("address", "inode", "listens", "uid", "waits")
 
     def __init__(self, fields: list[bytes]) -> None:
-        address = fields[1].split(b":")[0].decode()
-        words = [int(address[n : n + 8], 16).to_bytes(4, sys.byteorder) for n in range(0, len(address), 8)]
-        self.address = socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, b"".join(words))
+        self.address = tcp_end(fields[1])[0]
         self.listens = fields[3] == b"0A"
         self.waits = fields[3] == b"06"  # TIME_WAIT: no process holds it
         self.uid = int(fields[7])
@@ -624,6 +648,13 @@ def sockets(port: int, listening: bool = False) -> list[Row]:
             if fields[1].endswith(wanted):
                 rows.append(Row(fields))
     return rows
+
+
+def tcp_end(text: bytes) -> tuple[str, int]:
+    """Return address and port of one end of a connection, as those tables have it."""
+    address, port = text.decode().split(":")
+    words = [int(address[n : n + 8], 16).to_bytes(4, sys.byteorder) for n in range(0, len(address), 8)]
+    return socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, b"".join(words)), int(port, 16)
 
 
 def tcp_lines(path: str) -> Iterator[list[bytes]]:
@@ -779,7 +810,8 @@ class GpuMemory:
             if now < self._next_at:
                 return self._finding
             self._asked_at = now
-            self._running = {question: self._ask(question) for question in questions}
+            how = "--format=csv,noheader,nounits"
+            self._running = {question: ask([self._program, question, how], self._inbox) for question in questions}
         if any(pid not in self._inbox.exits for pid, _ in self._running.values()):
             silent_s = now - self._asked_at
             return f"nvidia-smi has not answered for {SMI_SILENT_S:g} s" if silent_s > SMI_SILENT_S else ""
@@ -790,14 +822,6 @@ class GpuMemory:
             self._judged_at = self._asked_at
             return None
         return self._finding
-
-    def _ask(self, question: str) -> tuple[int, int]:
-        reader, writer = os.pipe()
-        argv = [self._program, question, "--format=csv,noheader,nounits"]
-        pid, result = spawn(argv, os.environ, self._inbox, stdout=writer, stderr=writer)
-        os.close(writer)
-        os.close(result)
-        return pid, reader
 
     def _judge(self, old: Mapping[int, int]) -> str:
         answers, trouble = {}, ""
@@ -956,13 +980,23 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
     # Engines come first: on a small node every look of ours would delay their start.
     look_at, list_at, rotating = began + 0.05, began + 0.25, False
     logs = [member.log for member in step.members if member.log]
+    snapshot: Snapshot | None = None
     while True:
         ended = next((pid for pid in inbox.exits if pid in engines), None)
         if ended is not None:
             await_same_signal(inbox, inbox.exits[ended])
             raise engine_exited(engines[ended].member, inbox.exits[ended], ooms)
+        if snapshot is not None and snapshot.over(inbox):
+            snapshot = None
         inbox.exits.clear()
         now = time.monotonic()
+        if inbox.go:
+            inbox.go = False
+            if snapshot is None and step.snapshot_s > 0 and now - began >= GO_AGAIN_S:
+                try:
+                    snapshot = Snapshot(step, engines, inbox)
+                except (OSError, RuntimeError) as error:  # no process, thread or file is to be had
+                    reports.say("snapshot", ranks=[], took_s=0, notes=[str(error)])
         if loading and now >= look_at:
             for engine in loading[:]:
                 address = own_listener(engine)
@@ -983,7 +1017,8 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
             list_at = now + (0.25 if loading or now - began < 60 else 1.0)
         for probe in probes:
             probe.report()
-        inbox.wait(min(look_at if loading else list_at, list_at) - now)
+        wake_at = min(look_at, list_at) if loading else list_at
+        inbox.wait((min(wake_at, snapshot.wake_at) if snapshot is not None else wake_at) - now)
 
 
 def await_same_signal(inbox: Inbox, status: int) -> None:
@@ -1086,13 +1121,17 @@ def rotate_logs(logs: list[str], max_bytes: int) -> None:
 
 
 def rotate(log: str) -> None:
-    with open(log, "rb") as source, open(log + ".1", "wb", opener=lambda p, f: os.open(p, f, 0o600)) as target:
+    with open(log, "rb") as source, open(log + ".1", "wb", opener=owner_only) as target:
         while True:
             data = source.read(1 << 20)
             if not data:
                 break
             target.write(data)
         os.truncate(log, 0)
+
+
+def owner_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def last_lines(log: str) -> list[str]:
@@ -1115,20 +1154,15 @@ class LocalProbe:
         self._rank = member.rank
         self._port = member.port
         self._address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
-        self._period_s: float = policy["period_s"]
+        self._policy = policy
         self._timeout_s: float = policy["timeout_s"]
-        self._threshold: int = policy["failure_threshold"]
-        self._path: str = policy["path"]
-        self._body: str = policy["body"]
-        self._expect: str = policy["expect"]
-        self._counter: dict[str, str] | None = policy["counter"]
         self._reported = 0
         self.state = (0, "")  # failures in a row, the last error; replaced as a whole by the probe's thread
 
     def report(self) -> None:
         """Report a change, up to the threshold: beyond it nothing new is to be said until the engine answers."""
         failures, error = self.state
-        failures = min(failures, self._threshold)
+        failures = min(failures, self._policy["failure_threshold"])
         if failures != self._reported:
             self._reported = failures
             reports.say("local_probe", rank=self._rank, failures=failures, error=error)
@@ -1149,7 +1183,7 @@ class LocalProbe:
             # Before the first answer it may still be loading; and where we ourselves did not run, nothing was observed.
             elif answered and took_s < self._timeout_s + 2:
                 self._set(self.state[0] + 1, error)
-            time.sleep(max(0.0, began + self._period_s - time.monotonic()))
+            time.sleep(max(0.0, began + self._policy["period_s"] - time.monotonic()))
 
     def _set(self, failures: int, error: str) -> None:
         if (failures, error) != self.state:
@@ -1159,29 +1193,31 @@ class LocalProbe:
     def _ask_engine(self) -> str:
         """Return what is wrong with the answer; empty for a good one."""
         try:
-            status, body = self._exchange(self._path, self._body, self._timeout_s)
+            status, body = self._exchange(self._policy["path"], self._policy["body"], self._timeout_s)
         except Exception as error:
             return str(error) or type(error).__name__
         if status != 200:
             return f"HTTP {status}"
-        if not self._expect:
+        expect = self._policy["expect"]
+        if not expect:
             return ""
         try:
             answer = json.loads(body)
         except ValueError:
             return "HTTP 200, but not JSON"
-        value = answer.get(self._expect) if isinstance(answer, dict) else None
-        return "" if value and isinstance(value, (list, dict, str)) else f"HTTP 200, but no {self._expect!r}"
+        value = answer.get(expect) if isinstance(answer, dict) else None
+        return "" if value and isinstance(value, (list, dict, str)) else f"HTTP 200, but no {expect!r}"
 
     def _read_counter(self) -> float | None:
         """Return the sum of the progress counter's samples, all labels; None where there is none to read."""
-        if self._counter is None:
+        counter = self._policy["counter"]
+        if counter is None:
             return None
         try:
-            status, body = self._exchange(self._counter["path"], "", min(COUNTER_TIMEOUT_S, self._timeout_s))
+            status, body = self._exchange(counter["path"], "", min(COUNTER_TIMEOUT_S, self._timeout_s))
         except Exception:
             return None
-        return sum_samples(body.decode(errors="replace"), self._counter["name"]) if status == 200 else None
+        return sum_samples(body.decode(errors="replace"), counter["name"]) if status == 200 else None
 
     def _exchange(self, path: str, body: str, timeout_s: float) -> tuple[int, bytes]:
         """One request with one deadline around all of it: a server that drips bytes meets no time-out of a socket."""
@@ -1236,6 +1272,210 @@ def sum_samples(page: str, name: str) -> float | None:
     return total
 
 
+# ----------------------------------------------------------------------------------------------------------- black box
+
+
+class Snapshot:
+    """What the engines' processes are doing, written down for people: the group hangs and is about to be stopped.
+
+    What may hang itself (a file system, /proc, py-spy, nvidia-smi) hangs a thread or a child, never the agent. All
+    children are started here, at once, so that none is started while the agent ends its tree.
+    """
+
+    def __init__(self, step: Step, engines: dict[int, Engine], inbox: Inbox) -> None:
+        self._began = time.monotonic()
+        self._ends_at = self._began + step.snapshot_s
+        self._answers_until = self.wake_at = self._began + ANSWER_SHARE * step.snapshot_s
+        self._done = False
+        self._written: list[int] = []
+        self._troubles: list[str] = []
+        self._engines = engines
+        self._trees: dict[int, list[int]] = {}
+        self._asked: dict[str, tuple[int, int]] = {}  # question -> child, pipe
+        table = processes(dead=True)
+        for main in engines:
+            # What detached itself from its engine is our child: with one engine it is known whose it was.
+            tree = below(table, [os.getpid() if len(engines) == 1 else main])
+            tree.sort(key=lambda process: -int(process.fields[21]))  # resident pages: workers before small helpers
+            self._trees[main] = [main, *(process.pid for process in tree if process.pid != main)]
+            for pid in list(filter(runs_python, self._trees[main]))[:MAX_STACKS]:
+                self._asked[str(pid)] = ask(["py-spy", "dump", "--nonblocking", "--pid", str(pid)], inbox)
+        for question in SMI_QUESTIONS:
+            self._asked[question] = ask(["nvidia-smi", question, "--format=csv,noheader"], inbox)
+        self._children = {child for child, _ in self._asked.values()}
+        in_background(self._run)
+
+    def over(self, inbox: Inbox) -> bool:
+        """Tell whether it is over, and report it then. Ends the children that did not answer in time."""
+        now = time.monotonic()
+        over = self._done or now >= self._ends_at
+        self._children -= inbox.exits.keys()
+        if over or now >= self._answers_until:
+            self.wake_at = self._ends_at
+            for child in self._children:
+                kill(-child)
+                kill(child)  # under load it may not have come to its setpgid yet
+        if over:
+            if not self._done:
+                self._troubles.append(f"not written within {self._ends_at - self._began:g} s")
+            took_s = round(now - self._began, 3)
+            reports.say("snapshot", ranks=self._written, took_s=took_s, notes=self._troubles)
+        return over
+
+    def _run(self) -> None:
+        """Look twice, collect the answers, write: the body of the snapshot's thread."""
+        try:
+            at, first = time.time(), self._look()
+            syscalls: dict[int, list[str]] = {}
+            numbers = ((pid, read_file(f"/proc/{pid}/syscall").decode().split()[:1]) for pid in first)
+            in_background(syscalls.update, numbers)  # apart: before Linux 5.11 that waits where a process hangs in exec
+            time.sleep(max(0.0, min(LOOKS_APART_S, self._answers_until - time.monotonic())))
+            second, connections, answers = self._look(), tcp_of(self._trees), self._answers()
+            for main, engine in self._engines.items():
+                tree = [pid for pid in self._trees[main] if pid in first and pid in second]
+                told = {key: answers[key] for key in (*map(str, self._trees[main]), *SMI_QUESTIONS) if key in answers}
+                value = {
+                    "schema": 1,
+                    "rank": engine.member.rank,
+                    "at": round(at, 3),
+                    "took_s": round(time.monotonic() - self._began, 3),
+                    "pid": main,
+                    "processes": [process_row(first[pid], second[pid], syscalls.get(pid)) for pid in tree],
+                    "sockets": connections[main][:MAX_SOCKETS],
+                    "socket_states": Counter(row["state"] for row in connections[main]),
+                    "py_spy": {key: text for key, (text, _) in told.items() if key.isdigit() and text},
+                    "nvidia_smi": "".join(told[key][0] for key in SMI_QUESTIONS),
+                    "log": log_facts(engine.member.log),
+                    "local_probe": engine.probe and {"failures": engine.probe.state[0], "error": engine.probe.state[1]},
+                    "notes": list(dict.fromkeys(note for _, note in told.values() if note)),
+                }
+                self._write(engine.member, value)
+        except Exception as error:  # whatever it is, it must not be in the way of the stop
+            self._troubles.append(f"{type(error).__name__}: {error}")
+        self._done = True
+        kill(os.getpid(), signal.SIGCHLD)  # wakes the main thread, which does all reporting
+
+    def _look(self) -> dict[int, Look]:
+        """Return what each process and its threads do; once it is late, not the threads."""
+        found: dict[int, Look] = {}
+        for pid in (pid for tree in self._trees.values() for pid in tree):
+            process, now = read_process(pid), time.monotonic()
+            if process is not None:
+                found[pid] = now, process, threads_of(pid) if now < self._answers_until else {}
+        return found
+
+    def _answers(self) -> dict[str, tuple[str, str]]:
+        """Return by question what was answered until the deadline, and what is wrong with it."""
+        pipes = {reader: question for question, (_, reader) in self._asked.items()}
+        texts, waiting, ready = dict.fromkeys(pipes, b""), set(pipes), [0]
+        while waiting and ready:
+            ready = select.select(list(waiting), [], [], max(0.0, self._answers_until - time.monotonic()))[0]
+            for reader in ready:
+                part = os.read(reader, 65536)
+                texts[reader] += part
+                if not part or len(texts[reader]) >= MAX_ANSWER_BYTES:
+                    waiting.discard(reader)
+        for reader in pipes:
+            os.close(reader)
+        return {question: judged(question, texts[r], r not in waiting) for r, question in pipes.items()}
+
+    def _write(self, member: Member, value: dict[str, Any]) -> None:
+        path = member.snapshot
+        try:
+            make_folders(os.path.dirname(path))
+            with open(path + ".new", "w", encoding="ascii", opener=owner_only) as f:
+                json.dump(value, f)
+            os.rename(path + ".new", path)
+            self._written.append(member.rank)
+        except OSError as error:
+            self._troubles.append(f"rank {member.rank}: {path} cannot be written: {error.strerror}")
+
+
+def runs_python(pid: int) -> bool:
+    """Is its program Python? Its name says nothing: engines set their title."""
+    try:
+        return "python" in os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+    except OSError:
+        return False
+
+
+def judged(question: str, answer: bytes, complete: bool) -> tuple[str, str]:
+    """Return what py-spy (asked about a pid) or nvidia-smi answered, and what is wrong with it."""
+    text, spy = answer.decode(errors="replace"), question.isdigit()
+    program, who = ("py-spy", f"py-spy, pid {question}") if spy else ("nvidia-smi", f"nvidia-smi {question}")
+    if complete and not text and not find_program(program):
+        return "", f"{program} is not on PATH"
+    if spy and text.startswith("Process "):  # the command line, which may have any number of lines, comes first
+        text = "".join(text.rpartition("\nPython v")[1:]).lstrip()
+    if complete and spy and "\nThread " not in text:
+        return "", f"{who}: {' '.join(text.split())[:300] or 'no answer'}"
+    return text if spy else f"{question[8:]}\n{text}", "" if complete else f"{who}: no complete answer in time"
+
+
+def threads_of(pid: int) -> dict[str, str]:
+    """Return state and wait channel (which the kernel may hide) of the process's threads, of the first ones only."""
+    found = {}
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task")[:MAX_THREADS]:
+            text, wchan = (read_file(f"/proc/{pid}/task/{thread}/{name}") for name in ("stat", "wchan"))
+            state = chr(text[text.rindex(b")") + 2])
+            found[thread] = state if wchan in (b"", b"0") else f"{state} {wchan.decode()}"
+    except (OSError, ValueError):  # it ends
+        pass
+    return found
+
+
+def process_row(before: Look, now: Look, syscall: list[str] | None) -> dict[str, Any]:
+    """Return what two looks at a process say."""
+    (was_at, was, were), (at, process, threads) = before, now
+    used_s = [(int(p.fields[11]) + int(p.fields[12])) / os.sysconf("SC_CLK_TCK") for p in (was, process)]
+    blocked = {text[2:] for thread, text in threads.items() if text[:1] == "D" and were.get(thread) == text}
+    return {
+        "pid": process.pid,
+        "parent": process.parent,
+        "name": process.name,
+        "state": process.fields[0].decode(),
+        "wchan": threads.get(str(process.pid), "")[2:],
+        "blocked": sorted(blocked),
+        "syscall": "".join(syscall or ()),
+        "threads": int(process.fields[17]),
+        "threads_by": Counter(threads.values()),
+        "cpu_s": used_s[1],
+        "cpu_used_s": round(used_s[1] - used_s[0], 2),
+        "within_s": round(at - was_at, 2),
+        "rss_mb": int(process.fields[21]) * os.sysconf("SC_PAGE_SIZE") >> 20,
+    }
+
+
+def tcp_of(trees: Mapping[int, list[int]]) -> dict[int, list[dict[str, Any]]]:
+    """Return each tree's TCP sockets, those with most in their queues first."""
+    owners: dict[str, tuple[int, int]] = {}
+    for main, tree in trees.items():
+        for pid in tree:
+            for inode in socket_inodes(pid) or ():
+                owners.setdefault(inode, (main, pid))
+    found: dict[int, list[dict[str, Any]]] = {main: [] for main in trees}
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for fields in tcp_lines(path):
+            main, pid = owners.get(fields[9].decode(), (0, 0))
+            if main:
+                local, remote = (f"[{a}]:{p}" if ":" in a else f"{a}:{p}" for a, p in map(tcp_end, fields[1:3]))
+                row = {"local": local, "remote": remote, "state": TCP_STATES.split()[int(fields[3], 16)], "pid": pid}
+                tx, rx = (int(queue, 16) for queue in fields[4].split(b":"))
+                found[main].append({**row, "rx_queue": rx, "tx_queue": tx})
+    return {main: sorted(rows, key=lambda row: -row["rx_queue"] - row["tx_queue"]) for main, rows in found.items()}
+
+
+def log_facts(path: str) -> dict[str, Any] | None:
+    """Return the log's end, and how long it has been silent; None without one."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    silent_s = round(time.time() - found.st_mtime, 1)
+    return {"path": path, "size": found.st_size, "silent_s": silent_s, "last_lines": last_lines(path)}
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -1260,6 +1500,7 @@ def serve(step: Step, records: Records, inbox: Inbox) -> None:
     inbox.go = False
     while not inbox.go:
         inbox.wait(None)
+    inbox.go = False
     inbox.exits.clear()
     engines = start(step, records, inbox, prctl)
     try:

@@ -19,14 +19,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slurm_rollout import proc
 from slurm_rollout.backend import Backend, JobFacts, monotonic
-from slurm_rollout.core import barrier_rules, view
 from slurm_rollout.core.decide import decide, is_over
 from slurm_rollout.core.model import (
     Action,
@@ -35,6 +35,7 @@ from slurm_rollout.core.model import (
     Event,
     Go,
     GroupObservation,
+    GroupState,
     Job,
     Launch,
     Listing,
@@ -43,15 +44,17 @@ from slurm_rollout.core.model import (
     Snapshot,
     Stop,
 )
+from slurm_rollout.core.names import MARK, mark, step_prefix
 from slurm_rollout.core.phases import ALIVE, Phase
 from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import LeaseLost, RolloutError, Unobservable
+from slurm_rollout.journal import Journal
 from slurm_rollout.ports_check import open_ports
 from slurm_rollout.probes import Key, Prober, Target
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.steps import Steps
-from slurm_rollout.store import Store, last_seq, load_plan, load_state, read_requests
-from slurm_rollout.supervisor import CANNOT_START, DRAIN_MARGIN_S, GAVE_UP, SUPERSEDED
+from slurm_rollout.store import Store, load_plan, load_state, read_requests, without_place
+from slurm_rollout.supervisor import CANNOT_START, DRAIN_MARGIN_S, GAVE_UP, SUPERSEDED, SUPERVISOR
 
 log = logging.getLogger("slurm_rollout")
 
@@ -70,7 +73,6 @@ class _PortCheck:
     """One look at a group's ports, valid for one stay in FENCING."""
 
     since: float
-    started_at: float
     open: tuple[str, ...] | None
 
 
@@ -87,14 +89,18 @@ class Coordinator:
         *,
         first_term: int,
         drain: bool,
+        supervisor: int = 0,
+        umask: int = -1,
     ) -> None:
+        """`supervisor`: the pid whose end ends the run, 0 for none. `umask`: the steps'; -1 for this process's own."""
         self._plan = plan
         self._state = state
         self._backend = backend
         self._store = Store(run, state.term, private=plan.private)
+        self._journal = Journal(plan, self._store)
         self._run = run
         self._woken = asyncio.Event()
-        self._steps = Steps(plan, run, state.run_id, backend, self._woken.set)
+        self._steps = Steps(plan, run, state.run_id, backend, self._woken.set, umask=umask)
         self._exits = exits
         self._prober = Prober(clock=monotonic, wake=self._woken.set)
         self._ports: dict[str, _PortCheck] = {}
@@ -105,22 +111,24 @@ class Coordinator:
         self._job = JobFacts(job=Job.UNKNOWN, time_left_s=None)
         self._job_asked_at: float | None = None
         self._stop = drain
+        self._supervisor = supervisor
         self._first_term = first_term
-        self._seq = last_seq(run)
-        self._beat_at = 0.0
         self._audit_at = monotonic() + plan.audit_s
-        self._cannot_write = False
-        self._visible: RunState | None = None  # what the barrier and status.json were last written of
+        self._heeded: set[Path] = set()  # requests whose files are not removed yet
 
     async def run(self) -> int:
         """Supervise until the run is drained; return the exit status."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop)
-        self._store.open()
-        self._steps.adopt(self._state, self._exits)
-        self._announce()
+        # Asked for only now that it can be heard: without the supervisor nobody would start the next coordinator.
+        if self._supervisor and not proc.die_with_parent(signal.SIGTERM, self._supervisor):
+            self._stop = True
         try:
+            if not self._open():
+                return CANNOT_START
+            self._steps.adopt(self._state, self._exits)
+            self._announce()
             return await self._loop()
         except LeaseLost as e:
             log.error("%s", e)
@@ -132,6 +140,20 @@ class Coordinator:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
             await self._prober.aclose()
             self._store.close()
+
+    def _open(self) -> bool:
+        """Begin the term. False: it cannot be written down; the supervisor tries again with another one."""
+        try:
+            self._store.open()
+        except OSError as e:
+            log.error(
+                "%s: %s. The run directory must be writable for a coordinator to begin. Engines that run go on, "
+                "nothing was started or ended. Make room, or make it writable",
+                e.filename,
+                e.strerror,
+            )
+            return self._stop  # what is to end is ended all the same
+        return True
 
     def _on_stop(self) -> None:
         self._stop = True
@@ -145,7 +167,7 @@ class Coordinator:
         message = f"term {self._state.term} on {socket.gethostname()}" + (
             f", adopted {adopted} steps" if adopted else ""
         )
-        self._log(self._store.add_events([Event(type="up" if first else "takeover", message=message)], time.time()))
+        self._journal.note([Event(type="up" if first else "takeover", message=message)], time.time())
 
     async def _loop(self) -> int:
         due, slow_at = 0.0, 0.0
@@ -160,7 +182,9 @@ class Coordinator:
                 if self._state.ending and now - self._state.ending_at > self._drain_bound_s():
                     return await self._end(GAVE_UP)
                 slow_at = now + SLOW_S
-                due = min(t for t in (decision.wake_at, self._beat_at, self._audit_at) if t is not None)
+                due = min(t for t in (decision.wake_at, self._journal.due_at, self._audit_at) if t is not None)
+                if self._journal.blocked:  # what is due cannot be done
+                    due = max(due, slow_at)
             # A tick may itself have made something due; a wake-up makes everything due.
             timeout_s = max(0.0, min(due, slow_at, now + self._pace_s(now)) - monotonic())
             with contextlib.suppress(TimeoutError):
@@ -179,20 +203,31 @@ class Coordinator:
     # --------------------------------------------------------------------------------------------------------- a tick
 
     async def _tick(self) -> Decision:
-        found = read_requests(self._run)
+        found = [(path, request) for path, request in read_requests(self._run) if path not in self._heeded]
         obs = self._observe([request for _, request in found])
         decision = decide(self._plan, self._state, obs)
-        if not await self._commit(decision, obs):
+        if self._journal.is_due(decision, obs.now):
+            write = partial(self._journal.write, self._state, decision, obs, self._job.time_left_s)
+            self._state = await asyncio.to_thread(write)
+        else:
+            self._state = decision.state
+        if self._state is not decision.state:
             return decision
-        self._state = decision.state
-        for path, _ in found:
-            path.unlink(missing_ok=True)
+        self._heeded.update(path for path, _ in found)
+        if not self._journal.blocked:
+            self._remove_requests()
         for action in decision.actions:
             self._act(action)
         self._steps.keep(self._state)
         self._prober.set_targets(self._targets())
         self._find_out(decision, obs)
         return decision
+
+    def _remove_requests(self) -> None:
+        for path in tuple(self._heeded):
+            with contextlib.suppress(OSError):  # it is not heeded again, and tried again with the next tick
+                path.unlink(missing_ok=True)
+                self._heeded.discard(path)
 
     def _observe(self, requests: Iterable[Any]) -> Observation:
         groups = []
@@ -219,58 +254,6 @@ class Coordinator:
             requests=tuple(requests),
             stop_signal=self._stop,
         )
-
-    async def _commit(self, decision: Decision, obs: Observation) -> bool:
-        """Write down what was decided. False: it could not be written, so it is not so, and is decided again."""
-        changed = decision.state != self._state
-        beat = obs.now >= self._beat_at
-        if not (changed or beat or decision.events):
-            return True
-        try:
-            await asyncio.to_thread(self._write, decision, obs, changed, beat)
-        except OSError as e:
-            if not self._cannot_write:
-                log.error("%s: %s. Nothing new is started until it can be written", e.filename, e.strerror)
-            self._cannot_write = True
-            self._beat_at = obs.now + QUERY_PAUSE_S
-            # A full disk must not keep a run that is to end from ending.
-            return bool(decision.state.ending)
-        if self._cannot_write:
-            log.warning("%s can be written again", self._run.path)
-        self._cannot_write = False
-        return True
-
-    def _write(self, decision: Decision, obs: Observation, changed: bool, beat: bool) -> None:
-        state = decision.state
-        self._log(self._store.add_events(decision.events, obs.wall))
-        if changed:
-            self._store.write_state(state)
-        # Which process holds a step is nobody else's business: a recovery must not wait for two more files.
-        visible = replace(state, groups=tuple(replace(g, steps=()) for g in state.groups))
-        if visible == self._visible and not beat:
-            return
-        self._seq += 1
-        self._store.write_barrier(
-            barrier_rules.barrier_document(self._plan, state, now=obs.now, seq=self._seq, clients={})
-        )
-        self._store.write_status(
-            view.status_document(
-                self._plan,
-                state,
-                now=obs.now,
-                wall=obs.wall,
-                host=socket.gethostname(),
-                seq=self._seq,
-                time_left_s=self._job.time_left_s,
-                pools=barrier_rules.pool_views(self._plan, state, obs.now),
-            )
-        )
-        self._visible = visible
-        self._beat_at = obs.now + self._plan.heartbeat_s
-
-    def _log(self, lines: list[dict[str, Any]]) -> None:
-        for line in lines:
-            log.info("%s", view.event_line(line))
 
     def _act(self, action: Action) -> None:
         match action:
@@ -313,7 +296,8 @@ class Coordinator:
     async def _end(self, status: int) -> int:
         left = [f"{g.id} on {', '.join(s.node for s in g.steps)}" for g in self._state.groups if g.steps]
         message = "drained" if not status else f"gave up waiting for {'; '.join(left)}"
-        self._log(self._store.add_events([Event(type="ended", message=message)], time.time()))
+        self._journal.note([Event(type="ended", message=message)], time.time())
+        self._journal.write_last_words(self._state, monotonic())
         return status
 
     # ---------------------------------------------------------------------------------------------------- finding out
@@ -370,11 +354,11 @@ class Coordinator:
         self._job_asked_at = asked_at
 
     async def _check_ports(self, group_id: str) -> None:
-        g, started_at = self._state.group(group_id), monotonic()
+        since, before = self._state.group(group_id).since, self._ports.get(group_id)
         found = await open_ports(tuple(self._plan.group(group_id).endpoints()))
-        self._ports[group_id] = _PortCheck(since=g.since, started_at=started_at, open=found)
-        if found is None or found:
-            await asyncio.sleep(0.2)  # a port that is still open is looked at again, but not in a busy loop
+        self._ports[group_id] = _PortCheck(since=since, open=found)
+        if found is None or found or (before is not None and before.since == since):
+            await asyncio.sleep(0.2)  # whatever the group still waits for: no busy loop
 
     async def _cancel(self) -> None:
         """One call for all that is to be cancelled now, whichever group it belongs to."""
@@ -414,6 +398,33 @@ def read_exits(path: Path) -> dict[tuple[int, int], int]:
     return found
 
 
+async def refuse(left: Sequence[GroupState], plan: FleetPlan, backend: Backend, run_id: str) -> str:
+    """Say why nothing can be started while steps live that the plan has no place for; empty when none does.
+
+    Nothing would watch or end them: their names are those of another plan.
+    """
+    here = {proc.environ(p.pid).get(MARK) for p in proc.own()}
+    steps, doubt = [], ""
+    try:
+        listing = await backend.listing()
+    except Unobservable as e:
+        listing, doubt = Listing(asked_at=0.0, names=frozenset(), pids=frozenset()), f" may still run ({e})"
+    for g in left:
+        named = any(name.startswith(step_prefix(plan, g.id, g.incarnation)) for name in listing.names)
+        for step in g.steps:
+            marked = mark(run_id, g.id, g.incarnation, step.node) in here
+            if doubt or named or marked or step.pid in listing.pids:
+                steps.append(f"{g.id} on {step.node}" + (f" (pid {step.pid})" if step.pid else ""))
+    if not steps:
+        return ""
+    return (
+        f"steps of an earlier `up` in this job{doubt or ' still run'}, where this plan does not have them: "
+        f"{', '.join(steps)}. Nothing was started. Start `up` with the spec that they were started with, end it with "
+        "`slurm-rollout stop`, and try again; or end them by hand (kill these pids, or scancel the steps that "
+        "`scontrol show step` lists)"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one term; the supervisor starts this."""
     parser = argparse.ArgumentParser(prog="python -m slurm_rollout.coordinator", description=__doc__)
@@ -424,17 +435,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--drain", action="store_true", help="adopt what runs, and end it")
     parser.add_argument("--first-term", type=int, required=True, help="term of this `up`'s first coordinator")
     args = parser.parse_args(argv)
-    # Without the supervisor nobody would start the next coordinator, and the engines would serve unwatched.
-    proc.die_with_parent(signal.SIGTERM)
+    logging.raiseExceptions = False  # a log on a full disk is no reason for anything
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Every probe in flight holds a descriptor; the soft limit of 1,024 makes a fleet of that size blind.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     run = RunDir(args.run_dir)
-    os.umask(0o077)
+    umask = os.umask(0o077)
     try:
         plan = load_plan(run)
+        left = without_place(run, plan, job=args.job, restart_count=args.restart_count)
         state = load_state(
             run,
             plan,
@@ -450,8 +461,19 @@ def main(argv: list[str] | None = None) -> int:
 
     async def supervise() -> int:
         backend = make_backend(plan, run, state.run_id, args.job)
+        if left and (refusal := await refuse(left, plan, backend, state.run_id)):
+            log.error("%s", refusal)
+            return CANNOT_START
         coordinator = Coordinator(
-            plan, run, state, backend, read_exits(run.exits), first_term=args.first_term, drain=args.drain
+            plan,
+            run,
+            state,
+            backend,
+            read_exits(run.exits),
+            first_term=args.first_term,
+            drain=args.drain,
+            supervisor=int(os.environ.get(SUPERVISOR, os.getppid())),
+            umask=umask,
         )
         return await coordinator.run()
 
@@ -459,4 +481,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Not `sys.exit`: it ends with 120 where the log cannot be flushed, and the supervisor would take that for a crash.
+    os._exit(main())

@@ -17,6 +17,7 @@ import ssl
 import sys
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ if importlib.util.find_spec("sniffio") is None:
 MAX_ANSWER_BYTES = 1 << 20
 MAX_METRICS_BYTES = 16 << 20  # the page of an engine with many data-parallel ranks has megabytes
 FIRST_PAUSE_S = 0.05  # between readiness checks; doubles up to the policy's period
+STARTS_PER_PASS = 4  # of readiness checks, in one pass of the event loop
 BEAT_S = 0.1
 LATE_BEAT_S = 0.2  # a beat this late is lag; less is an ordinary busy moment
 
@@ -82,6 +84,7 @@ class Prober:
         self._clock = clock
         self._wake = wake
         self._pulse = _Pulse(clock)
+        self._gate = _Gate()
         self._running: dict[Key, tuple[Target, asyncio.Task[None]]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._known: dict[str, tuple[int, dict[int, Endpoint]]] = {}  # group -> incarnation, endpoints by rank
@@ -145,6 +148,7 @@ class Prober:
             [_models_question(target), _service_question(target)] if policy.model else [_service_question(target)]
         )
         while True:
+            await self._gate.passed()
             watch = self._pulse.watch()
             answer = await questions[0].ask(policy.startup_request_timeout_s)
             if answer.ok and len(questions) > 1:
@@ -239,6 +243,34 @@ class Prober:
 def _telling(e: Endpoint) -> tuple[object, ...]:
     """What a decision can depend on. A starting engine refuses all the time; nobody needs to be woken by that."""
     return e.proved, e.answers, e.mismatch, e.failures, e.slow, e.proved and e.refusals
+
+
+class _Gate:
+    """Lets a few through in each pass of the event loop, those that came first.
+
+    A thousand endpoints are due at once when their groups start together. Begun all in one pass, their requests hold up
+    the loop for a third of a second, and cost more: that many at once are a burden to Python's garbage collector
+    (bench/probes.py). Nobody waits here for an answer, so a hung endpoint holds up nobody. Liveness needs no gate: its
+    turns are spread.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def passed(self) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._open)
+        self._waiting.append(mine := loop.create_future())
+        await mine
+
+    def _open(self) -> None:
+        for _ in range(min(STARTS_PER_PASS, len(self._waiting))):
+            first = self._waiting.popleft()
+            if not first.done():  # cancelled with its target
+                first.set_result(None)
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._open)
 
 
 # ---------------------------------------------------------------------------------------------------------------- lag

@@ -87,9 +87,10 @@ def become_subreaper() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def die_with_parent(signal_number: int) -> None:
-    """Ask for a signal when the parent dies."""
+def die_with_parent(signal_number: int, parent: int) -> bool:
+    """Ask for a signal when the parent dies. False: that process is no longer the parent, no signal will come."""
     _prctl(_PR_SET_PDEATHSIG, signal_number)
+    return os.getppid() == parent
 
 
 def _prctl(option: int, value: int) -> None:

@@ -116,7 +116,8 @@ class Readiness(Table):
 class Liveness(Table):
     period_s: Seconds = 15.0
     timeout_s: Seconds = 30.0
-    failure_threshold: Count = 4
+    # With 1 the first group to be probed would be convicted before it is seen that all of them time out.
+    failure_threshold: Annotated[int, Field(ge=2)] = 4
     counter: ProgressCounter | None = None
 
 

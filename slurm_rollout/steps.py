@@ -76,19 +76,30 @@ class _Step:
     listening: set[int] = field(default_factory=set)
     failing: dict[int, int] = field(default_factory=dict)
     snapshot: bool = False
-    stranger: str = ""
+    strangers: dict[int, str] = field(default_factory=dict)  # by rank, until its own engine listens
     exit: ExitRecord | None = None
 
 
 class Steps:
     """Every step of the current incarnations."""
 
-    def __init__(self, plan: FleetPlan, run: RunDir, run_id: str, backend: Backend, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        plan: FleetPlan,
+        run: RunDir,
+        run_id: str,
+        backend: Backend,
+        wake: Callable[[], None],
+        *,
+        umask: int = -1,
+    ) -> None:
+        """`umask`: what the steps start with; -1 for this process's own."""
         self._plan = plan
         self._run = run
         self._run_id = run_id
         self._backend = backend
         self._wake = wake
+        self._umask = umask
         self._steps: dict[Key, _Step] = {}
 
     # ------------------------------------------------------------------------------------------------ start and adopt
@@ -106,7 +117,13 @@ class Steps:
                 environ = self._environ(group, key)
                 with open(step.reports, "wb", opener=_private) as out, open(step.stderr, "wb", opener=_private) as err:
                     step.popen = subprocess.Popen(
-                        argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environ, start_new_session=True
+                        argv,
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=err,
+                        env=environ,
+                        start_new_session=True,
+                        umask=self._umask,  # srun hands it on to the engines
                     )
             except (OSError, ValueError) as e:
                 step.process, step.exited_at, step.exit_code = Process.EXITED, monotonic(), 127
@@ -356,8 +373,10 @@ def _take_in(step: _Step, report: dict[str, Any]) -> None:
             step.started = tuple(int(r) for r in report["ranks"])
         case "listening":
             step.listening.add(int(report["rank"]))
+            step.strangers.pop(int(report["rank"]), None)
         case "stranger":
-            step.stranger = f"port {report['port']} is held by {report['holder']}, not by our engine"
+            said = f"port {report['port']} is held by {report['holder']}, not by our engine"
+            step.strangers[int(report["rank"])] = said
         case "local_probe":
             step.failing[int(report["rank"])] = int(report["failures"])
         case "snapshot":
@@ -391,7 +410,7 @@ def _observation(step: _Step) -> StepObservation:
         waiting_for="" if step.fenced else step.waiting_for,
         started=step.started,
         listening=tuple(sorted(step.listening)),
-        stranger=step.stranger,
+        stranger=next(iter(step.strangers.values()), ""),
         failing=dict(step.failing),
         snapshot=step.snapshot,
         exit=step.exit,

@@ -18,7 +18,7 @@ import socket
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -218,12 +218,23 @@ def _write_early(run: RunDir, path: Path, text: str) -> None:
 def _write(staging: Path, path: Path, text: str, mode: int = 0o600) -> None:
     """Replace a file in one step. FileNotFoundError without the staging directory: it must never be made here."""
     tmp = staging / path.name
-    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with open(fd, "w", encoding="utf-8") as f:
-        f.write(text)
-    # The umask may have taken bits that status.json needs.
-    tmp.chmod(mode)
-    os.replace(tmp, path)
+    with _naming(path):
+        fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with open(fd, "w", encoding="utf-8") as f:
+            f.write(text)
+        # The umask may have taken bits that status.json needs.
+        tmp.chmod(mode)
+        os.replace(tmp, path)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have an OSError name the file that it is about: that of a full disk names none."""
+    try:
+        yield
+    except OSError as e:
+        e.filename, e.filename2 = str(path), None
+        raise
 
 
 def load_state(
@@ -232,26 +243,20 @@ def load_state(
     """Return the state that a coordinator of this term starts from; `first_term` is that of its `up`'s first one.
 
     In the same allocation it goes on where the last one was. In another one (a requeue, or a new job on the same run
-    directory) nothing of the old steps is believed: groups start over, incarnations and epoch go on.
+    directory) nothing of the old steps is believed: groups start over, incarnations and epoch go on. So does a group
+    that is not where the plan wants it; that its old steps ended is for the caller to see (`without_place`).
 
     Raises:
         CorruptFile: state.json is there but not understood. Starting from nothing would let epochs fall.
     """
-    try:
-        data = read_json(run.state)
-        old = codec.decode(RunState, data["state"])
-    except FileNotFoundError:
-        old = RunState(run_id=uuid.uuid4().hex[:12], job=job, restart_count=restart_count, term=0)
-        data = {}
-    except (CorruptFile, ValueError, KeyError, TypeError) as e:
-        raise CorruptFile(
-            f"{run.state} is not understood: {e}. It holds the run's epochs and incarnations: "
-            "move it away only if no trainer relies on them"
-        ) from None
-    known = {g.id: g for g in old.groups}
+    found = _read_state(run)
+    if found is None:
+        found = RunState(run_id=uuid.uuid4().hex[:12], job=job, restart_count=restart_count, term=0), ""
+    old, boot_id = found
+    known = {g.id: g if has_place(plan, g) else _fresh(g) for g in old.groups}
     groups = [known.get(g.id, GroupState(id=g.id)) for g in plan.groups]
     another_up = old.term < first_term
-    same = (old.job, old.restart_count) == (job, restart_count) and data.get("boot_id") == proc.boot_id()
+    same = (old.job, old.restart_count) == (job, restart_count) and boot_id == proc.boot_id()
     if not same:
         groups = [_fresh(g) for g in groups]
     elif another_up:
@@ -270,6 +275,39 @@ def load_state(
         blind_since=None,
         suspect_self_since=None,
     )
+
+
+def _read_state(run: RunDir) -> tuple[RunState, str] | None:
+    """Return what the last coordinator knew, and the boot of its host; None when there was none."""
+    try:
+        data = read_json(run.state)
+        return codec.decode(RunState, data["state"]), str(data.get("boot_id"))
+    except FileNotFoundError:
+        return None
+    except (CorruptFile, ValueError, KeyError, TypeError) as e:
+        raise CorruptFile(
+            f"{run.state} is not understood: {e}. It holds the run's epochs and incarnations: "
+            "move it away only if no trainer relies on them"
+        ) from None
+
+
+def has_place(plan: FleetPlan, g: GroupState) -> bool:
+    """Tell whether the plan has the group's steps where they were started. Their names count by the plan's order."""
+    planned = next((group.nodes for group in plan.groups if group.id == g.id), ())
+    started = tuple(s.node for s in g.steps if not s.sweep)
+    return started in ((), planned) and all(s.node in planned for s in g.steps)
+
+
+def without_place(run: RunDir, plan: FleetPlan, *, job: str, restart_count: int) -> tuple[GroupState, ...]:
+    """Return the groups that an earlier `up` of this allocation started where this plan does not have them.
+
+    Raises:
+        CorruptFile: as `load_state`.
+    """
+    found = _read_state(run)
+    if found is None or (found[0].job, found[0].restart_count, found[1]) != (job, restart_count, proc.boot_id()):
+        return ()
+    return tuple(g for g in found[0].groups if not has_place(plan, g))
 
 
 def _fresh(g: GroupState) -> GroupState:
@@ -302,8 +340,8 @@ def next_term(run: RunDir) -> int:
 class Store:
     """The one writer of a term.
 
-    Raises (every method):
-        OSError: the run directory cannot be written; nothing may be started then.
+    Raises (every method that writes):
+        OSError: the run directory cannot be written; nothing may be started then. It names the file.
         LeaseLost: a coordinator of a newer term took over.
     """
 
@@ -312,11 +350,15 @@ class Store:
         self._term = term
         self._staging = run.staging(term)
         self._private = private
-        self._events = -1
+        self._is_open = False
+        self._events_size = 0  # of whole lines; what is behind that is half a line
         self._count = 0
 
     def open(self) -> None:
-        """Begin the term: older writers' staging directories go, and with them their right to rename."""
+        """Begin the term: older writers' staging directories go, and with them their right to rename.
+
+        Where that fails for now, the next write tries again.
+        """
         for entry in self.run.path.glob(".t*"):
             number = entry.name[2:]
             if entry == self._staging:
@@ -328,13 +370,15 @@ class Store:
                     # In one step: into a directory that is emptied file by file, its owner can still write.
                     entry = entry.rename(self.run.path / f".t{number}.before{self._term}")
                 shutil.rmtree(entry, ignore_errors=True)
-        self._staging.mkdir(mode=0o700, exist_ok=True)
-        self._events = os.open(self.run.events(self._term), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with _naming(self._staging):
+            self._staging.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._events_size = self.run.events(self._term).stat().st_size
+        self._is_open = True
 
     def close(self) -> None:
-        if self._events >= 0:
-            os.close(self._events)
-            self._events = -1
+        """Let go of the term: who writes after this begins it again, or learns that it is lost."""
+        self._is_open = False
 
     def add_events(self, events: Iterable[Event], wall: float) -> list[dict[str, Any]]:
         """Append events, all or none, and return them as they were written."""
@@ -346,22 +390,31 @@ class Store:
                 line["rank"] = event.rank
             lines.append(line)
         if lines:
-            if not self._staging.is_dir():
-                raise self._lost()
-            self._append("".join(json.dumps(line) + "\n" for line in lines).encode())
+            self._begin()
+            self._check_lease()
+            with _naming(self.run.events(self._term)):
+                self._append("".join(json.dumps(line) + "\n" for line in lines).encode())
             self._count += len(lines)
         return lines
 
     def _append(self, data: bytes) -> None:
-        size = os.fstat(self._events).st_size
+        # Opened each time: NFS shows other hosts what was written when it is closed, and a handle may go stale.
+        fd = os.open(self.run.events(self._term), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            if os.write(self._events, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run.events(self._term)))
-        except OSError:
-            # What is decided again is written again: no part of this attempt may stay.
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._events, size)
-            raise
+            size = os.fstat(fd).st_size
+            if size > self._events_size:  # what a write left that failed half-way
+                size = self._events_size
+                os.ftruncate(fd, size)
+            try:
+                if os.write(fd, data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, size)
+                raise
+        finally:
+            os.close(fd)
+        self._events_size = size + len(data)
 
     def write_state(self, state: RunState) -> None:
         self._replace(self.run.state, {"boot_id": proc.boot_id(), "state": codec.encode(state)})
@@ -373,11 +426,22 @@ class Store:
         self._replace(self.run.status, document, 0o600 if self._private else 0o644)
 
     def _replace(self, path: Path, document: Mapping[str, object], mode: int = 0o600) -> None:
+        self._begin()
         try:
             _write(self._staging, path, json.dumps(document), mode)
         except FileNotFoundError:
-            if self._staging.is_dir():
-                raise
+            self._check_lease()
+            raise
+
+    def _begin(self) -> None:
+        if not self._is_open:
+            self.open()
+
+    def _check_lease(self) -> None:
+        # Not `is_dir`: from Python 3.13 on that is False also for what cannot be seen just now (EACCES, ESTALE).
+        try:
+            self._staging.stat()
+        except FileNotFoundError:
             raise self._lost() from None
 
     def _lost(self) -> LeaseLost:
@@ -395,11 +459,12 @@ def last_seq(run: RunDir) -> int:
 def read_requests(run: RunDir) -> list[tuple[Path, Request]]:
     """Return the operators' waiting requests, oldest first. What is no request comes with an empty verb."""
     waiting = []
-    for entry in run.requests.glob("[!.]*.json"):
-        with contextlib.suppress(FileNotFoundError):  # withdrawn
-            info = entry.lstat()
-            if stat.S_ISREG(info.st_mode):
-                waiting.append((info.st_mtime_ns, entry))
+    with contextlib.suppress(OSError):  # a directory that cannot be read asks nothing for now
+        for entry in run.requests.glob("[!.]*.json"):
+            with contextlib.suppress(OSError):  # withdrawn
+                info = entry.lstat()
+                if stat.S_ISREG(info.st_mode):
+                    waiting.append((info.st_mtime_ns, entry))
     found = []
     for _, entry in sorted(waiting):
         try:

@@ -44,6 +44,9 @@ FINAL = {
 }
 """Exit statuses of the coordinator after which no other one is started."""
 
+SUPERVISOR = "ROLLOUT_SUPERVISOR"
+"""The environment variable in which the coordinator finds whose end is its own."""
+
 LAST_MEASURES = ((None, 2.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 1.0))
 """What is done to processes that are left at the very end, and for how many seconds each is waited for."""
 
@@ -94,6 +97,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Return the exit code of `up`."""
+        logging.raiseExceptions = False  # a log on a full disk is no reason for anything
         proc.become_subreaper()
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -110,6 +114,7 @@ class Supervisor:
                 os.read(reader, 4096)
             self._step()
         self._end_the_rest()
+        _forget_unwritten_log()
         return self._exit_code()
 
     # ---------------------------------------------------------------------------------------------------------- steps
@@ -198,7 +203,12 @@ class Supervisor:
             argv.append("--drain")
             self._told_term = self._term
         # A session of its own: a terminal's Ctrl-C reaches only the supervisor, which drains in order.
-        self._coordinator = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._coordinator = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, SUPERVISOR: str(os.getpid())},
+        )
 
     def _start_trainer(self) -> None:
         environ = dict(os.environ)
@@ -312,3 +322,13 @@ class Supervisor:
             return str(document["phase"]) if int(document["term"]) >= self._how.first_term else ""
         except Exception:  # whatever is wrong with the file: this process must outlive it
             return ""
+
+
+def _forget_unwritten_log() -> None:
+    """Python ends with 120, whatever else was wanted, when it cannot flush its standard error at the end."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)

@@ -134,6 +134,7 @@ def member(rank: int = 0, *, argv: Sequence[str] = ("sleep", "600"), **changes: 
         "ports": [],
         "entrypoint": False,
         "log": "",
+        "snapshot": "",
         **changes,
     }
 
@@ -248,11 +249,11 @@ class Node:
             "node": "n1",
             "members": list(members),
             "setup": [],
-            "stop": {"grace_s": 0},
             "probe": None,
             "log": {"max_bytes": 0},
             "state_dir": str(self.state_dir),
             **changes,
+            "stop": {"grace_s": 0, "snapshot_s": 3.0, **changes.get("stop", {})},
             "fence": {"timeout_s": 15.0, "gpu_memory_mb": 1024, "unshared_gpus": False, **changes.get("fence", {})},
         }
 

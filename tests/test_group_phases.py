@@ -1011,13 +1011,38 @@ def test_the_events_of_a_recovery_say_how_long_each_stage_took() -> None:
     w.tick(4.0)  # go
     w.tick()
     w.prove(G)
+    w.probe(G, 0, asked_at=w.now + 12.0)
+    w.probe(G, 1, asked_at=w.now + 17.5)
     w.tick(20.0)
+    assert numbers(w, "launching")["nodes"] == ["n0", "n1"]
     assert numbers(w, "stopped")["stop_s"] == pytest.approx(2.75)
     assert numbers(w, "fenced")["fence_s"] == pytest.approx(4.0)
     assert numbers(w, "go")["launch_s"] == pytest.approx(4.0)
     told = numbers(w, "ready")
     assert told["recovery_s"] == pytest.approx(2.75 + 4.0 + 4.0 + 20.01)
     assert told["start_s"] == pytest.approx(20.01)
+    assert told["verify_s"] == pytest.approx(2.5)
+    assert "detect_s" not in numbers(w, "failure")  # what ends is seen when it ends
+
+
+def test_the_failure_of_a_hung_group_tells_how_long_probes_failed() -> None:
+    w = ready(groups=2)
+    w.probe(G, 0, failures=4, first_failure_at=w.now - 50.0)
+    w.probe(G, 1, failures=3, first_failure_at=w.now - 60.0)
+    w.tick(2.0)
+    assert numbers(w, "failure")["detect_s"] == pytest.approx(62.0)
+
+
+def test_a_probe_that_failed_is_not_how_a_crash_was_detected() -> None:
+    w = ready()
+    w.probe(G, 1, failures=1, first_failure_at=w.now - 30.0)
+    w.kill(G, 0)
+    w.tick()
+    assert "detect_s" not in numbers(w, "failure")
+
+
+def test_a_start_of_which_no_probe_is_known_tells_no_time_of_its_proof() -> None:
+    assert "verify_s" not in numbers(ready(), "ready")
 
 
 def test_a_drain_tells_its_own_time_and_not_that_of_an_old_failure() -> None:

@@ -175,10 +175,19 @@ def test_the_first_failure_of_a_row_is_remembered() -> None:
     three = folded(READY, timed_out(at=10), timed_out(at=40), timed_out(at=70))
     anew = folded(three, timed_out(baseline=1, counter=1, at=100), timed_out(baseline=2, counter=2, at=130))
 
-    assert three.first_failure_at == 10
-    assert anew.first_failure_at == 130
+    assert three.first_failure_at == 9  # when its probe began
+    assert anew.first_failure_at == 129
     assert fold(anew, timed_out(baseline=2, counter=3)).first_failure_at is None
     assert fold(anew, OK).first_failure_at is None
+
+
+def test_when_an_engine_was_first_asked_is_remembered() -> None:
+    refused = result("readiness", answered=True, error="Connection refused", at=10)
+    asked = folded(Endpoint(rank=0), refused, result("readiness", ok=True, at=20))
+
+    assert asked.asked_at == 9
+    assert fold(asked, timed_out(at=40)).asked_at == 9
+    assert fold(Endpoint(rank=0), timed_out(at=40)).asked_at is None
 
 
 @pytest.mark.parametrize("kind", ["readiness", "liveness"])

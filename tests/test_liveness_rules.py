@@ -419,13 +419,24 @@ def test_refused_connections_do_not_make_the_coordinator_the_suspect() -> None:
     assert not w.events("blind")
 
 
-def test_a_step_that_ended_clears_the_suspicion() -> None:
+def test_a_step_that_ended_convicts_its_own_group_only() -> None:
     w = ready(3)
     time_out(w, 0, 1)
     w.kill(name(2), 0)
     w.tick()
+    assert restarting(w) == [2]
+    assert w.state.suspect_self_since is not None
+    agents_agree(w, 1)
+    w.tick()
+    assert restarting(w) == [1, 2]
+
+
+def test_a_group_whose_step_ended_is_not_among_those_that_are_counted() -> None:
+    w = ready(5)
+    time_out(w, 0, 1)  # two of five, but two of the four whose steps run is half, not more
+    w.kill(name(2), 0)
+    w.tick()
     assert restarting(w) == [0, 1, 2]
-    assert w.state.suspect_self_since is None
 
 
 def test_an_ended_step_is_a_failure_also_while_we_are_the_suspect() -> None:

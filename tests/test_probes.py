@@ -410,6 +410,34 @@ async def test_the_same_targets_again_start_nothing_again() -> None:
         assert engine.asked == [CHAT]
 
 
+async def test_many_that_are_due_at_once_start_a_few_at_a_time_and_a_hung_one_takes_nobody_s_place() -> None:
+    async with engines(1) as (engine,), watched() as watch:
+        engine.answers[CHAT] = None
+        begun = [0]
+        loop = asyncio.get_running_loop()
+
+        def look_in_each_pass() -> None:
+            begun.append(engine.waiting)
+            if engine.waiting < 200:
+                loop.call_soon(look_in_each_pass)
+
+        look_in_each_pass()
+        watch.probe(*[startup(engine, replace(POLICY, startup_request_timeout_s=60))] * 200)
+        await watch.until(lambda: begun[-1] == 200)
+
+        assert max(b - a for a, b in pairwise(begun)) <= 20
+
+
+async def test_one_that_is_not_wanted_any_more_leaves_the_queue_to_the_others() -> None:
+    async with engines(2) as (left, engine), watched() as watch:
+        watch.probe(*[startup(left)] * 20, startup(engine))
+        await asyncio.sleep(0)  # they queue up
+        watch.prober.set_targets({Key("actor/0", 1, 20): startup(engine)})
+        await watch.until(lambda: watch.seen(20).proved)
+
+        assert left.asked == []
+
+
 async def test_forget_and_a_newer_incarnation_drop_what_was_learnt() -> None:
     async with engines(1) as (engine,), watched() as watch:
         watch.probe(startup(engine))

@@ -220,7 +220,7 @@ ARGV = 'argv = ["serve", "{http_port}"]'
             MINIMAL + "probe.startup = { timeout_s = 9, request_timeout_s = 60 }",
             "request_timeout_s = 60 is above timeout_s = 9",
         ),
-        (MINIMAL + "probe.liveness.failure_threshold = 0", "should be greater than or equal to 1"),
+        (MINIMAL + "probe.liveness.failure_threshold = 1", "should be greater than or equal to 2"),
         (MINIMAL + "probe.readiness = 3", "pool[0].probe.readiness (pool actor) = 3: should be a table"),
         (MINIMAL + 'probe.readiness.request = { path = "health" }', "should match pattern '^/'"),
         (

@@ -368,6 +368,62 @@ def test_an_event_that_could_not_be_written_is_written_once_when_it_can(ready: R
     assert [(e["n"], e["type"]) for e in read_events(ready)] == [(1, "up"), (2, "failure"), (3, "stopped")]
 
 
+@pytest.mark.parametrize("moment", ["write", "close"])
+def test_events_that_a_server_took_half_or_whole_without_saying_so_are_there_once(
+    ready: RunDir, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """NFS says at close() what a write failed of; and where the answer is lost, all may have been written."""
+    writer = opened(ready, 1)
+    writer.add_events([Event(type="up")], 1.0)
+    real = getattr(os, moment)
+
+    def fails(fd: int, *data: bytes) -> int:
+        real(fd, *(d[: len(d) // 2] for d in data))
+        monkeypatch.setattr(os, "ftruncate", fails_too)
+        raise OSError(5, "Input/output error")
+
+    def fails_too(fd: int, size: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, moment, fails)
+    with pytest.raises(OSError, match="Input/output error") as e:
+        writer.add_events([Event(type="failure"), Event(type="stopped")], 2.0)
+    assert e.value.filename == str(ready.events(1))
+    monkeypatch.undo()
+    writer.add_events([Event(type="failure"), Event(type="stopped")], 3.0)
+    writer.close()
+    assert [(e["n"], e["type"]) for e in read_events(ready)] == [(1, "up"), (2, "failure"), (3, "stopped")]
+
+
+def test_what_cannot_be_written_is_named(ready: RunDir) -> None:
+    """The error of a full disk names no file by itself."""
+    writer = opened(ready, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        for write, path in (
+            (lambda: writer.write_state(some_state()), ready.state),
+            (lambda: writer.write_barrier({"seq": 1}), ready.barrier),
+            (lambda: writer.write_status({"seq": 1}), ready.status),
+            (lambda: writer.add_events([Event(type="up")], 1.0), ready.events(1)),
+        ):
+            with pytest.raises(OSError, match="File too large") as e:
+                write()
+            assert (e.value.filename, e.value.filename2) == (str(path), None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_events_go_on_where_the_file_was_taken_away(ready: RunDir) -> None:
+    writer = opened(ready, 1)
+    writer.add_events([Event(type="up")], 1.0)
+    ready.events(1).rename(ready.path / "away")
+    writer.add_events([Event(type="ready")], 2.0)
+    writer.add_events([Event(type="ended")], 3.0)
+    writer.close()
+    assert [e["type"] for e in read_events(ready)] == ["ready", "ended"]
+
+
 # ------------------------------------------------------------------------------------------------ what is found again
 
 
@@ -493,7 +549,7 @@ def test_a_new_up_is_a_new_one_until_one_of_its_coordinators_wrote_so(ready: Run
 
 
 def test_a_new_up_in_the_same_allocation_brings_back_what_was_being_drained(ready: RunDir) -> None:
-    steps = (StepState(node="n0", pid=5, pid_started=6),)
+    steps = (StepState(node="n0", pid=5, pid_started=6), StepState(node="n1"))
     draining = group(Phase.DRAINING, steps=steps, goes_to=Phase.FAILED, stop_sent_at=4.0)
     written(ready, replace(live_state(), groups=(draining,)))
     (begun,) = load(ready, make_plan(1), first=True).groups
@@ -508,6 +564,59 @@ def test_a_new_up_in_the_same_allocation_adopts_what_lives_and_waits_for_all_its
     assert state.groups[0] == old.groups[0]
     assert (state.ending, state.pools_once_ready, state.started_at) == (Reason.NONE, (), 100.0)
     assert (state.epoch, state.serving) == (17, old.serving)
+
+
+def renamed(plan: FleetPlan, nodes: dict[str, str]) -> FleetPlan:
+    """The same fleet on other nodes."""
+    text = json.dumps(codec.encode(plan))
+    for old, new in nodes.items():
+        text = text.replace(f'"{old}"', f'"{new}"')
+    return codec.decode(FleetPlan, json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "groups"),
+    [
+        ({}, []),
+        ({"n1": "n8"}, ["actor/0"]),
+        ({"n0": "x", "n1": "n0", "x": "n1"}, ["actor/0"]),  # the same nodes: but names count by their order
+        ({"n0": "n8", "n3": "n9"}, ["actor/0", "actor/1"]),
+    ],
+)
+def test_groups_that_the_plan_has_elsewhere_are_found_and_begin_again(
+    ready: RunDir, nodes: dict[str, str], groups: list[str]
+) -> None:
+    old, plan = written(ready, live_state()), renamed(make_plan(2), nodes)
+    left = store.without_place(ready, plan, job="12", restart_count=1)
+    assert [g.id for g in left] == groups
+    for now, before in zip(load(ready, plan, first=True).groups, old.groups, strict=True):
+        if before.id in groups:
+            assert (now.phase, now.steps, now.incarnation) == (Phase.PENDING, (), before.incarnation)
+        else:
+            assert now == before
+    for job, count in (("13", 1), ("12", 2)):
+        assert store.without_place(ready, plan, job=job, restart_count=count) == (), (
+            "nothing of another allocation lives"
+        )
+
+
+def test_a_group_that_the_plan_does_not_have_is_found_where_it_has_steps(ready: RunDir) -> None:
+    written(ready, live_state())
+    assert [g.id for g in store.without_place(ready, make_plan(1), job="12", restart_count=1)] == ["actor/1"]
+    rests = replace(live_state().groups[1], steps=(), phase=Phase.STOPPED)
+    written(ready, replace(live_state(), groups=(live_state().groups[0], rests)))
+    assert store.without_place(ready, make_plan(1), job="12", restart_count=1) == ()
+    sweeps = replace(rests, phase=Phase.FENCING, steps=(StepState(node="n3", sweep=True),))
+    written(ready, replace(live_state(), groups=(sweeps,)))
+    assert store.without_place(ready, make_plan(2), job="12", restart_count=1) == ()
+    assert store.without_place(ready, make_plan(1), job="12", restart_count=1) == (sweeps,)
+
+
+def test_without_a_state_nothing_is_anywhere(ready: RunDir) -> None:
+    assert store.without_place(ready, make_plan(1), job="12", restart_count=1) == ()
+    ready.state.write_text("{")
+    with pytest.raises(CorruptFile):
+        store.without_place(ready, make_plan(1), job="12", restart_count=1)
 
 
 def test_groups_come_and_go_with_the_plan(ready: RunDir) -> None:

@@ -551,6 +551,34 @@ def test_a_prefill_stalls_generation_while_iterations_rise(lab: Lab) -> None:
     generate(engine.port, timeout_s=0.5)  # one stall, not one per request or per change of another fault
 
 
+def test_an_engine_that_is_deaf_to_one_client_answers_every_other(lab: Lab) -> None:
+    (engine,) = lab.group(1)
+    set_fault(lab.control, "*", deaf_to="slurm-rollout")
+    wait_until(lambda: asked_as(engine, "slurm-rollout/0.1") is None, "that client gets no answer")
+    assert asked_as(engine, "") == 200
+    generate(engine.port)
+
+
+def asked_as(engine: Engine, client: str) -> int | None:
+    connection = http.client.HTTPConnection(LOOPBACK, engine.port, timeout=HANG_S)
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", "/metrics", headers={"User-Agent": client})
+            return connection.getresponse().status
+        except TimeoutError:
+            return None
+
+
+def test_an_engine_that_never_listens_lives_on_without_its_port(lab: Lab) -> None:
+    set_fault(lab.control, "*", never_listens=True)
+    (engine,) = lab.start_group(1)
+    wait_until(lambda: engine.logged("start, pid"), "it has started")
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        assert not connects(engine.port)
+        assert engine.process.poll() is None
+
+
 def test_a_client_that_leaves_is_forgotten(lab: Lab) -> None:
     leader, follower = lab.group(2)
     follower.signal(signal.SIGSTOP)

@@ -24,6 +24,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "look": {
         "status": ("status", "phases, restarts, budgets and nodes of a run"),
+        "describe": ("describe", "one group: why each of its incarnations ended, stage times, last lines, black box"),
         "events": ("events", "what happened, in order"),
         "logs": ("logs", "what the engines wrote"),
         "wait": ("wait", "wait until the fleet is ready, or stopped"),
@@ -42,6 +43,7 @@ examples:
   slurm-rollout plan fleet.toml --nodes 'gpu[01-08]' --gpus-per-node 8
   exec slurm-rollout up fleet.toml -- python train.py      # last line of a batch script
   slurm-rollout status -j 123456 -i 10
+  slurm-rollout describe actor/0
   slurm-rollout events -f --group actor/0
   slurm-rollout logs actor/0.1 -f
   slurm-rollout restart actor/0

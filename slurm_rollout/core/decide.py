@@ -173,17 +173,17 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
 
 
 def _most_time_out(run: RunState, contexts: dict[str, Context]) -> bool:
-    """Tell whether more than half of the groups time out and no step ended: then we are the suspect, not they.
+    """Tell whether more than half of the groups whose steps all run time out: then we are the suspect, not they.
+
+    A step that ended convicts its own group and nobody else: others may time out because we are cut off from them.
 
     While it holds anybody back, a suspicion lasts until nobody times out: the restart of a group that its own agent
     gave up must not convict the others.
     """
-    alive = [g for g in run.groups if g.phase in ALIVE]
-    seen = [contexts[g.id].seen for g in alive]
-    if any(s.exit is not None or s.process is not Process.RUNNING for group in seen for s in group.steps):
-        return False
+    alive = [contexts[g.id].seen for g in run.groups if g.phase in ALIVE]
+    seen = [g for g in alive if all(s.exit is None and s.process is Process.RUNNING for s in g.steps)]
     late = [s for s in seen if any(e.failures and not e.refusals for e in s.endpoints)]
-    return bool(late) and (2 * len(late) > len(alive) or run.suspect_self_since is not None)
+    return bool(late) and (2 * len(late) > len(seen) or run.suspect_self_since is not None)
 
 
 def _suspect_self(run: RunState, contexts: dict[str, Context], obs: Observation, events: list[Event]) -> RunState:

@@ -150,6 +150,7 @@ def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bo
             rank=failure.rank,
             node=failure.node,
             restarted_peers=list(failure.restarted_peers),
+            detect_s=_detect_s(ctx, failure),
         )
     )
     g = replace(
@@ -169,6 +170,13 @@ def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bo
         out.actions.append(Snapshot(group=g.id, incarnation=g.incarnation, nodes=ctx.group.nodes))
         g = replace(g, snapshot_sent_at=now)
     return to(ctx, g, Phase.STOPPING, failure.reason, failure.message)
+
+
+def _detect_s(ctx: Context, failure: Failure) -> float | None:
+    """Return how long probes failed until it was seen; None for what ends by itself, and is seen when it ends."""
+    failing = [e.first_failure_at for e in ctx.seen.endpoints if e.failures and e.first_failure_at is not None]
+    probed = failure.reason in (Reason.NOT_ANSWERING, Reason.ANSWERS_ERROR)
+    return round(ctx.obs.now - min(failing), 3) if probed and failing else None
 
 
 def stop(ctx: Context, g: GroupState, reason: Reason, message: str, *, drain: bool) -> GroupState:
@@ -315,7 +323,7 @@ def _launch(ctx: Context, g: GroupState, out: Out) -> GroupState:
         slow=False,
         marks=replace(g.marks, launched_at=ctx.obs.now, go_at=None, ready_at=None),
     )
-    out.events.append(event(g, "launching", f"on {', '.join(nodes)}"))
+    out.events.append(event(g, "launching", f"on {', '.join(nodes)}", nodes=list(nodes)))
     out.actions.append(Launch(group=g.id, incarnation=g.incarnation, nodes=nodes))
     return g
 
@@ -366,12 +374,15 @@ def _ready(ctx: Context, g: GroupState, out: Out) -> GroupState:
     def took(start: float | None, end: float | None) -> float | None:
         return None if start is None or end is None else round(end - start, 3)
 
+    # An engine is asked from the moment it listens.
+    asked_at = [e.asked_at for e in ctx.seen.endpoints if e.asked_at is not None]
     out.events.append(
         event(
             g,
             "ready",
             "every entrypoint answered a real request",
             start_s=took(marks.go_at, now),
+            verify_s=took(max(asked_at, default=None), now),
             recovery_s=took(marks.seen_at, now),
             stop_s=took(marks.seen_at, marks.stopped_at),
             fence_s=took(marks.stopped_at, marks.fenced_at),

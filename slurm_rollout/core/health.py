@@ -42,6 +42,8 @@ class ProbeResult:
 
 def fold(endpoint: Endpoint, result: ProbeResult) -> Endpoint:
     """Add one probe result to what is known of an endpoint."""
+    if result.kind == "readiness" and endpoint.asked_at is None:
+        endpoint = replace(endpoint, asked_at=result.started_at)
     if result.lagged:
         return replace(endpoint, last_error=result.error or endpoint.last_error)
     if result.ok:
@@ -83,7 +85,7 @@ def _fold_liveness_failure(endpoint: Endpoint, result: ProbeResult) -> Endpoint:
     else:
         failures += 1
     seen = result.counter if result.counter is not None else since
-    first = endpoint.first_failure_at if failures > 1 else result.ended_at
+    first = endpoint.first_failure_at if failures > 1 else result.started_at
     return replace(
         endpoint, failures=failures, slow=slow, last_counter=seen, first_failure_at=first if failures else None
     )

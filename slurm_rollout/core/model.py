@@ -168,7 +168,8 @@ class Endpoint:
     slow: bool = False  # late in a row, but the progress counter moves
     last_error: str = ""
     last_counter: float | None = None
-    first_failure_at: float | None = None
+    first_failure_at: float | None = None  # when the first probe of that row began
+    asked_at: float | None = field(default=None, compare=False)  # when its first readiness probe began, for events
     # Of the newest probe alone, not a sum: False also while a new coordinator has not looked yet.
     answers: bool = field(default=False, compare=False)
 

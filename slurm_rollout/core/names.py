@@ -11,7 +11,12 @@ MARK = "ROLLOUT_MARK"
 def step_name(plan: FleetPlan, group: str, incarnation: int, node: str, *, sweep: bool = False) -> str:
     """Return the `--job-name` of one step: unique per (group, incarnation, node) in the job."""
     index = plan.group(group).nodes.index(node)
-    return f"{plan.name}.{group.replace('/', '-')}.{incarnation}.{index}{'.sweep' if sweep else ''}"
+    return f"{step_prefix(plan, group, incarnation)}{index}{'.sweep' if sweep else ''}"
+
+
+def step_prefix(plan: FleetPlan, group: str, incarnation: int) -> str:
+    """Return what the names of all steps of one incarnation begin with; the plan need not have the group."""
+    return f"{plan.name}.{group.replace('/', '-')}.{incarnation}."
 
 
 def mark(run_id: str, group: str, incarnation: int, node: str) -> str:

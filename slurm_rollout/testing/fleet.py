@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,12 +16,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from slurm_rollout import proc
 from slurm_rollout.errors import RolloutError
 from slurm_rollout.rundir import RunDir, read_events
-from slurm_rollout.testing.slurm_cluster import SlurmCluster
 from slurm_rollout.testing.stub_engine import set_fault
 
 
@@ -187,8 +187,15 @@ class Fleet:
 
     def processes(self, **environ: str) -> list[int]:
         """Return the pids of the run's engines (and what descends from them) whose environment has these values."""
+        return list(self._matching(environ))
+
+    def environs(self, **environ: str) -> list[dict[str, str]]:
+        """Return the environments of the same processes."""
+        return list(self._matching(environ).values())
+
+    def _matching(self, environ: Mapping[str, str]) -> dict[int, dict[str, str]]:
         wanted = {"ROLLOUT_RUN_DIR": str(self.run.path), **environ}
-        return [pid for pid, found in self._environs() if wanted.items() <= found.items()]
+        return {pid: found for pid, found in self._environs() if wanted.items() <= found.items()}
 
     def engine(self, group: str, rank: int) -> int:
         """Return the pid of a member's engine."""
@@ -250,14 +257,21 @@ class LocalFleet(Fleet):
 
     process: subprocess.Popen[bytes]
 
-    def start(self, spec: str, trainer: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Self:
-        """Run `up` on the text of a spec."""
+    def start(
+        self,
+        spec: str,
+        trainer: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+        *,
+        prefix: Sequence[str] = (),
+    ) -> Self:
+        """Run `up` on the text of a spec; `prefix` is a command that becomes it, such as setpriv."""
         path = self.folder / "fleet.toml"
         path.write_text(spec, encoding="utf-8")
         argv = [sys.executable, "-m", "slurm_rollout", "up", str(path), "--backend=local", f"--run-dir={self.run.path}"]
         with open(self.folder / "up.log", "ab") as out:
             self.process = subprocess.Popen(
-                [*argv, *(["--", *trainer] if trainer else [])],
+                [*prefix, *argv, *(["--", *trainer] if trainer else [])],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -301,17 +315,38 @@ class LocalFleet(Fleet):
             return ""
 
 
+class Cluster(Protocol):
+    """What a fleet needs of a test cluster: real Slurm's or the fake's."""
+
+    home: Path
+    gpus: int
+
+    def sbatch(self, script_text: str, *args: str) -> str: ...
+
+    def cancel(self, job: str) -> None: ...
+
+    def heal(self) -> None: ...
+
+
 class SlurmFleet(Fleet):
     """`up` as the last line of a batch job on a test cluster."""
 
     job: str = ""
 
-    def __init__(self, cluster: SlurmCluster) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         super().__init__(cluster.home)
         self.cluster = cluster
 
-    def start(self, spec: str, trainer: Sequence[str] = (), *, nodes: int = 4, directives: str = "") -> Self:
-        """Submit a job that runs `up` on the text of a spec."""
+    def start(
+        self,
+        spec: str,
+        trainer: Sequence[str] = (),
+        *,
+        nodes: int = 4,
+        directives: str = "",
+        prefix: Sequence[str] = (),
+    ) -> Self:
+        """Submit a job that runs `up` on the text of a spec; `prefix` is a command that becomes it."""
         path = self.folder / "fleet.toml"
         path.write_text(spec, encoding="utf-8")
         path.chmod(0o644)
@@ -320,7 +355,7 @@ class SlurmFleet(Fleet):
 #!/bin/bash
 #SBATCH --exclusive --gres=gpu:{self.cluster.gpus} --no-kill --no-requeue --output=up.log
 {directives}
-exec slurm-rollout up fleet.toml --run-dir run {tail}
+exec {shlex.join(prefix)} slurm-rollout up fleet.toml --run-dir run {tail}
 """
         self.job = self.cluster.sbatch(script, f"--nodes={nodes}")
         return self

@@ -23,9 +23,12 @@ generation, health    "ok", "dead" (hangs until cleared), "503" or another statu
                       generation hangs the group's requests also on a rank that is no entrypoint.
 saturated             true: as if thousands of requests ran: tokens rise, one waits `slow_s` (default 60)
 prefill_s             from now on nothing is generated for so many seconds; prompt tokens and iterations rise
+deaf_to               text: requests whose User-Agent has it are never answered, as if the network between were cut.
+                      "slurm-rollout" is the coordinator; agents' own probes have none
 exit                  end at once with this code
 ignore_term           true: SIGTERM and SIGINT do nothing
 crash_at_start        true: exit 1 before the rendezvous
+never_listens         true, at start: the HTTP port is never opened, by this rank
 load_s                overrides --load-s
 orphan                true, at start: leave a double-forked process, in its own session, with no environment,
                       that holds the HTTP port after the engine's death (ends by itself after ten minutes)
@@ -56,8 +59,8 @@ if TYPE_CHECKING:
     Response = tuple[int, str, bytes]
     Handler = Callable[["Request"], Response]
 
-START_FAULTS = frozenset({"crash_at_start", "load_s", "orphan", "daemon_child"})
-LIVE_FAULTS = frozenset({"generation", "health", "saturated", "slow_s", "prefill_s", "exit", "ignore_term"})
+START_FAULTS = frozenset({"crash_at_start", "load_s", "never_listens", "orphan", "daemon_child"})
+LIVE_FAULTS = frozenset({"generation", "health", "saturated", "slow_s", "prefill_s", "deaf_to", "exit", "ignore_term"})
 FAULT_NAMES = START_FAULTS | LIVE_FAULTS | {"incarnations"}
 COUNTERS = ("tokens_total", "generated_tokens_total", "iterations_total")
 GAUGES = ("requests_running", "requests_waiting")
@@ -412,10 +415,11 @@ class ClientGone(Exception):
 class Request:
     """One HTTP request, and whether somebody still waits for the answer."""
 
-    def __init__(self, connection: socket.socket, method: str, path: str, body: bytes) -> None:
+    def __init__(self, connection: socket.socket, method: str, path: str, body: bytes, client: str) -> None:
         self._connection = connection
         self.route = f"{method} {path.partition('?')[0]}"
         self.body = body
+        self.client = client
 
     def still_wanted(self) -> None:
         try:
@@ -458,7 +462,8 @@ def converse(connection: socket.socket, handler: Handler) -> None:
                     name, _, value = line.partition(":")
                     headers[name.lower()] = value.strip()
                 body = lines.read(int(headers.get("content-length", "0")))
-                status, kind, content = handler(Request(connection, words[0], words[1], body))
+                request = Request(connection, words[0], words[1], body, headers.get("user-agent", ""))
+                status, kind, content = handler(request)
                 keep = words[2] == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
                 head = (
                     f"HTTP/1.1 {status} {'OK' if status < 400 else 'Error'}\r\n"
@@ -483,6 +488,7 @@ class Server:
         self._counts = dict.fromkeys(COUNTERS + GAUGES, 0)
 
     def handle(self, request: Request) -> Response:
+        request.wait_while(lambda: (deaf_to := self._faults.get("deaf_to")) and deaf_to in request.client)
         if request.route == "GET /health":
             return self._faulty("health", request) or (200, "text/plain", b"")
         if not self._member.serves():
@@ -663,6 +669,8 @@ def main() -> NoReturn:
         session = member.bind(member.session_port)
         session.listen(128)
         spawn(accept_all, session, converse, session_root)
+    if faults.get("never_listens"):
+        threading.Event().wait()
     listener = listener or member.bind(member.port)
     listener.listen(1024)
     member.log(f"listening on {member.host}:{member.port}")

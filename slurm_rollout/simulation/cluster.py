@@ -1,0 +1,636 @@
+"""The truth: nodes, srun, steps, agents, engines, ports, and a Slurm that can be away.
+
+Nothing here knows the coordinator. It starts and signals steps, asks Slurm and probes engines; what it gets to see of
+the truth may be late, lost or a lie. Times that are not given are those measured on Slurm 22.05.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from slurm_rollout.core.model import Job, Listing
+from slurm_rollout.core.names import step_name
+from slurm_rollout.core.plan import FleetPlan, GroupPlan, Member
+from slurm_rollout.simulation.clock import Chance, Timeline
+from slurm_rollout.steps import Key
+
+AGENT_STARTS_S = 0.06
+KILL_S = 0.03
+SRUN_ENDS_S = 0.02
+CANCEL_S = 0.2
+TWIN_S = 2.0  # srun killed -9: its twin ends the step
+KILL_WAIT_S = 7.0  # srun gives up on a cut node's step after KillWait and 2 s, and exits with 0
+UNKILLABLE_S = 60.0  # slurmstepd gives up on a process that does not die: the step counts as ended
+NODE_DOWN_S = 300.0  # SlurmdTimeout
+GIVES_UP_S = 9.0  # srun, while slurmctld does not answer
+
+Answer = Literal["ok", "late", "no", "refused"]
+
+
+class Engine:
+    """One server process (with its children)."""
+
+    __slots__ = ("alive", "frozen", "half", "incarnation", "killed", "listens", "member", "unkillable_until", "up")
+
+    def __init__(self, member: Member, incarnation: Incarnation) -> None:
+        self.member = member
+        self.incarnation = incarnation
+        self.alive = True
+        self.listens = False
+        self.up = False
+        self.frozen = False  # SIGSTOP, or an all-to-all that waits for ever
+        self.half = False  # HTTP lives, generation is dead
+        self.killed = False
+        self.unkillable_until = 0.0  # in the kernel, with its ports and its GPU memory
+
+
+class Incarnation:
+    """The truth about one start of a group."""
+
+    def __init__(self, plan: GroupPlan, number: int, load_s: float) -> None:
+        self.plan = plan
+        self.number = number
+        self.load_s = load_s
+        self.steps: dict[str, Step] = {}
+        self.engines: dict[int, Engine] = {}
+        self.works = False
+        self.changed_at = 0.0  # of `works`
+        self.worked_at: float | None = None  # for the first time
+        self.busy_until = 0.0  # saturated: answers come late, work goes on
+        self.refuses_until = 0.0
+        self.proved: set[int] = set()  # ranks that answered a real request
+        self.hurt_at: dict[str, float] = {}  # what was done to it, and when last
+
+    @property
+    def id(self) -> tuple[str, int]:
+        return self.plan.id, self.number
+
+    def hurt(self, how: str, now: float) -> None:
+        self.hurt_at[how] = now
+
+
+class Step:
+    """One srun and what it started."""
+
+    def __init__(self, key: Key, name: str, pid: int, term: int, incarnation: Incarnation, now: float) -> None:
+        self.key = key
+        self.name = name
+        self.pid = pid
+        self.term = term
+        self.incarnation = incarnation
+        self.launched_at = now
+        self.srun_lives = True
+        self.srun_linked = True  # False: nothing that the agent says arrives any more
+        self.code: int | None = None
+        self.stderr = ""
+        self.agent = "none"  # none, fencing, fenced, serving, ending, dead
+        self.listed = False
+        self.kill_on_return = False  # told to a node that cannot hear it
+        self.reports: list[dict[str, Any]] = []  # in srun's output file
+        self.unsent: list[dict[str, Any]] = []
+        self.waits_for = ""
+        self.snapshot_taken = False
+        self.was_fenced = False
+
+    @property
+    def engines(self) -> list[Engine]:
+        return [e for e in self.incarnation.engines.values() if e.member.node == self.key.node and not self.key.sweep]
+
+    @property
+    def lives(self) -> bool:
+        """Whether an agent or an engine of it really lives."""
+        return self.agent not in ("none", "dead") or any(e.alive for e in self.engines)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it lives, and not only as a process that Slurm could not end and has forgotten."""
+        return self.agent not in ("none", "dead") or (self.listed and self.lives)
+
+
+@dataclass(slots=True)
+class Node:
+    name: str
+    cut: bool = False  # off the network; what runs there goes on
+    lost: bool = False  # Slurm gave it up: no step of this job starts there again
+    back_at: float = 0.0
+    deaf_until: float = 0.0  # agents there hear no signal
+    gpu_stuck_until: float = 0.0
+    strangers: dict[int, float] = field(default_factory=dict)  # port -> held until
+    engines: list[Engine] = field(default_factory=list)  # living ones
+    claims: dict[str, set[int]] = field(default_factory=dict)
+    agents: list[Step] = field(default_factory=list)  # living ones
+
+
+class Slurm(NamedTuple):
+    """What one question to the controller will bring: the answer, or None, and after how long."""
+
+    listing: Listing | None
+    delay_s: float
+
+
+class Cluster:
+    """Everything that is true."""
+
+    def __init__(self, plan: FleetPlan, time: Timeline, chance: Chance, load_s: Callable[[str, int], float]) -> None:
+        self.plan = plan
+        self.time = time
+        self.chance = chance
+        self.load_s = load_s
+        self.nodes = {n: Node(n) for n in plan.nodes}
+        self.incarnations: dict[tuple[str, int], Incarnation] = {}
+        self.newest: dict[str, Incarnation] = {}
+        self.steps: list[Step] = []  # those that Slurm lists, whose srun or agent lives, or whose engines do
+        self.slurm_away_until = 0.0
+        self.slurm_slow_until = 0.0
+        self.cancels_lost_until = 0.0
+        self.refuses_launches_until = 0.0
+        self.batch_host_cut_until = 0.0
+        self.job_ending = False
+        self.job_ended_at = 0.0
+        self.questions = 0
+        self._pids = 100
+        # Hints to whoever watches: something of this step, or of this incarnation, is different now.
+        self.on_step: Callable[[Step], None] = lambda step: None
+        self.on_change: Callable[[Incarnation], None] = lambda incarnation: None
+        self.on_engine_start: Callable[[Engine], None] = lambda engine: None
+        self.on_launch: Callable[[Step], None] = lambda step: None
+        self.note: Callable[..., None] = lambda *words: None
+        self._groups = {g.id: g for g in plan.groups}
+        self._pools = {g.id: p for p in plan.pools for g in p.groups}
+
+    # --------------------------------------------------------------------------------------------------------- launch
+
+    def launch(self, key: Key, term: int) -> Step:
+        """Start one srun."""
+        group = self._groups[key.group]
+        name = step_name(self.plan, key.group, key.incarnation, key.node, sweep=key.sweep)
+        found = self.incarnations.get((key.group, key.incarnation))
+        if found is None:
+            found = Incarnation(group, key.incarnation, self.load_s(key.group, key.incarnation))
+            self.incarnations[found.id] = found
+            self.newest[key.group] = found
+            old = key.incarnation - 20
+            self.incarnations.pop((key.group, old), None)
+        self._pids += 1
+        step = Step(key, name, self._pids, term, found, self.time.now)
+        self.on_launch(step)
+        if not key.sweep:
+            found.steps[key.node] = step
+        self.steps.append(step)
+        node, now = self.nodes[key.node], self.time.now
+        if self.job_ending:
+            self._refuse(step, 0.05, 1, "job has expired")
+        elif now < self.slurm_away_until:
+            self._refuse(step, GIVES_UP_S, 1, "Unable to contact slurm controller (connect failure)")
+        elif node.lost:
+            self._refuse(step, 0.05, 1, "Requested node configuration is not available")
+        elif now < self.refuses_launches_until:
+            self._refuse(step, 0.1, 1, "Unable to create step: Memory required by task is not available")
+        else:
+            step.listed = True
+            delay_s = AGENT_STARTS_S + self.chance.between(0.0, 0.1, "launch", key)
+            self.time.after(delay_s, lambda: self._agent_starts(step))
+        return step
+
+    def _refuse(self, step: Step, after_s: float, code: int, words: str) -> None:
+        step.incarnation.hurt("launch", self.time.now)
+        self.time.after(after_s, lambda: self._srun_ends(step, code, words))
+
+    def _agent_starts(self, step: Step) -> None:
+        node = self.nodes[step.key.node]
+        if not step.srun_lives or not step.listed:
+            step.listed = False
+            return
+        if node.cut or node.lost:
+            step.listed = False
+            self._refuse(step, 3.1, 233, "Task launch failed: Communication connection failure")
+            return
+        step.agent = "fencing"
+        node.agents.append(step)
+        self.say(step, report="hello", step=f"1.{step.pid}")
+        claims = node.claims.setdefault(step.key.group, set())
+        if not step.key.sweep:
+            if any(c >= step.key.incarnation for c in claims):
+                self._agent_ends(step, "other_incarnation", "an equal or newer claim is on this node")
+                return
+            claims.add(step.key.incarnation)
+        deadline = self.time.now + self._pools[step.key.group].fence.timeout_s
+        self._fence(step, deadline, 0.02)
+
+    def _fence(self, step: Step, deadline: float, pause_s: float) -> None:
+        """Until nothing old lives, every port can be bound and the memory is back."""
+        if step.agent != "fencing":
+            return
+        node, now = self.nodes[step.key.node], self.time.now
+        waits_for, cause = "", ""
+        for agent in list(node.agents):
+            if agent is not step and not agent.key.sweep and self._is_leftover(step, agent.key):
+                self.agent_killed(agent)
+        for engine in list(node.engines):
+            if self._is_leftover(step, Key(*engine.incarnation.id, node.name, False)):
+                self.kill(engine)
+                waits_for, cause = f"a process of incarnation {engine.incarnation.number}", "leftover_process"
+        if not waits_for:
+            for port in self._ports_of(step):
+                if holder := self.port_holder(node, port):
+                    waits_for, cause = f"port {port} is held by {holder}", "port_busy"
+                    break
+        if not waits_for and now < node.gpu_stuck_until and not step.key.sweep:
+            waits_for, cause = "GPU memory", "gpu_memory"
+        if not waits_for:
+            if step.key.sweep:
+                self._agent_ends(step, "swept", "")
+                return
+            step.agent, step.was_fenced = "fenced", True
+            self.say(step, report="fenced")
+        elif now >= deadline:
+            self._agent_ends(step, cause, waits_for)
+        else:
+            if waits_for != step.waits_for:
+                step.waits_for = waits_for
+                self.say(step, report="fence_waits", message=waits_for)
+            self.time.after(pause_s, lambda: self._fence(step, deadline, min(2 * pause_s, 1.0)))
+
+    @staticmethod
+    def _is_leftover(step: Step, other: Key) -> bool:
+        newest = step.key.incarnation if step.key.sweep else step.key.incarnation - 1
+        return other.group == step.key.group and other.incarnation <= newest
+
+    def _ports_of(self, step: Step) -> Iterable[int]:
+        for member in self._groups[step.key.group].on(step.key.node):
+            yield from member.fenced_ports
+
+    def port_holder(self, node: Node, port: int) -> str:
+        """Return who has bound a port; empty when nobody has."""
+        for engine in node.engines:
+            if port in engine.member.ports.values():
+                return f"{engine.incarnation.plan.id} incarnation {engine.incarnation.number}"
+        return "a stranger" if node.strangers.get(port, 0.0) > self.time.now else ""
+
+    def accepts(self, node: Node, port: int) -> bool:
+        """Tell whether a connection from the batch host is accepted."""
+        if node.cut or node.lost or self.time.now < self.batch_host_cut_until:
+            return False
+        if node.strangers.get(port, 0.0) > self.time.now:
+            return True
+        return any(e.listens and port == e.member.ports["http"] for e in node.engines)
+
+    # -------------------------------------------------------------------------------------------------------- signals
+
+    def hears(self, step: Step) -> bool:
+        node = self.nodes[step.key.node]
+        return step.srun_lives and not node.cut and self.time.now >= node.deaf_until
+
+    def usr2(self, step: Step) -> None:
+        """Go; when the engines run already, a snapshot."""
+        if not self.hears(step):
+            return
+        if step.agent == "fenced":
+            step.agent = "serving"
+            node, now = self.nodes[step.key.node], self.time.now
+            members = self._groups[step.key.group].on(step.key.node)
+            for member in members:
+                engine = Engine(member, step.incarnation)
+                step.incarnation.engines[member.rank] = engine
+                node.engines.append(engine)
+                self.on_engine_start(engine)
+                self.time.at(now + step.incarnation.load_s, lambda e=engine: self._loaded(step, e))  # type: ignore[misc]
+            self.say(step, report="started", ranks=[m.rank for m in members], pids=[0 for _ in members])
+        elif step.agent == "serving" and not step.snapshot_taken:
+            step.snapshot_taken = True
+            delay_s = self.chance.between(0.1, 2.9, "snapshot", step.key)
+            self.time.after(delay_s, lambda: self.say(step, report="snapshot"))
+
+    def _loaded(self, step: Step, engine: Engine) -> None:
+        if not engine.alive or engine.frozen or engine.killed:
+            return
+        engine.up = engine.listens = True
+        self.changed(step.incarnation)
+        if engine.member.entrypoint and step.agent == "serving":
+            self.say(step, report="listening", rank=engine.member.rank, port=engine.member.ports["http"], address="")
+
+    def usr1(self, step: Step) -> None:
+        """Stop."""
+        if not self.hears(step):
+            return
+        if step.agent == "none":
+            step.listed = False
+            self._srun_ends(step, 138, "")
+        elif step.agent != "dead":
+            self._agent_ends(step, "stopped", "as asked")
+
+    # ------------------------------------------------------------------------------------------------------- how it ends
+
+    def kill(self, engine: Engine) -> None:
+        """SIGKILL: it is gone in a moment, unless it hangs in the kernel."""
+        if engine.alive and not engine.killed:
+            engine.killed = True
+            gone_at = max(self.time.now + KILL_S, engine.unkillable_until)
+            self.time.at(gone_at, lambda: self._gone(engine))
+            self.changed(engine.incarnation)
+
+    def _gone(self, engine: Engine) -> None:
+        if engine.alive:
+            engine.alive = False
+            self.nodes[engine.member.node].engines.remove(engine)
+            self.changed(engine.incarnation)
+
+    def engine_ends(self, engine: Engine, code: int) -> None:
+        """An engine ends by itself."""
+        step = engine.incarnation.steps.get(engine.member.node)
+        self._gone(engine)
+        if step is not None and step.agent == "serving":
+            message = f"exit code {code}"
+            self._agent_ends(step, "engine_exited", message, rank=engine.member.rank, code=code)
+
+    def _agent_ends(self, step: Step, cause: str, message: str, **facts: object) -> None:
+        """The agent kills its tree, and says its last word when all of it is dead."""
+        if step.agent in ("ending", "dead"):
+            return
+        step.agent = "ending"
+        for engine in step.engines:
+            self.kill(engine)
+        self._last_word(step, {"report": "exit", "cause": cause, "message": message, **facts})
+
+    def _last_word(self, step: Step, record: dict[str, object]) -> None:
+        if step.agent != "ending":
+            return
+        living = [e for e in step.engines if e.alive]
+        if living:
+            at = max(self.time.now + 0.01, *(e.unkillable_until for e in living))
+            self.time.at(at, lambda: self._last_word(step, record))
+            return
+        self.say(step, **record)
+        self._bury(step)
+        self._step_ends(step, {"stopped": 0, "swept": 0}.get(str(record["cause"]), 80))
+
+    def agent_killed(self, step: Step) -> None:
+        """SIGKILL for the agent: its engines die with it, and there is no last word."""
+        if step.agent in ("none", "dead"):
+            return
+        self._bury(step)
+        for engine in step.engines:
+            self.kill(engine)
+        self._step_ends(step, 137)
+
+    def _bury(self, step: Step) -> None:
+        step.agent = "dead"
+        agents = self.nodes[step.key.node].agents
+        if step in agents:
+            agents.remove(step)
+
+    def _step_ends(self, step: Step, code: int) -> None:
+        """The node tells Slurm and srun, when it can."""
+        if self.nodes[step.key.node].cut:
+            step.kill_on_return = True
+            return
+        self.time.after(SRUN_ENDS_S, lambda: self._srun_ends(step, code, ""))
+        self.time.after(2 * SRUN_ENDS_S, lambda: self._unlist(step))
+
+    def _unlist(self, step: Step) -> None:
+        step.listed = False
+
+    def _srun_ends(self, step: Step, code: int, words: str) -> None:
+        if step.srun_lives:
+            step.srun_lives = False
+            step.code, step.stderr = code, words
+            step.incarnation.hurt("srun", self.time.now)
+            self.note("srun of", step.name, "ends with", code, words)
+            self.on_step(step)
+
+    def slurm_kills(self, step: Step, code: int = 137) -> None:
+        """Slurm ends the step: SIGKILL for all of it. It counts as ended when all is dead, or after a while."""
+        node = self.nodes[step.key.node]
+        if not step.listed:
+            return
+        if node.cut:
+            step.kill_on_return = True
+            self.time.after(KILL_WAIT_S, lambda: self._srun_ends(step, 0, ""))
+            return
+        if step.agent == "none":
+            step.listed = False
+            self._srun_ends(step, code, "")
+            return
+        engines = step.engines
+        if step.agent != "dead":
+            self._bury(step)
+        for engine in engines:
+            self.kill(engine)
+        gone_at = max([self.time.now + KILL_S, *(e.unkillable_until for e in engines if e.alive)])
+        ended_at = min(gone_at, self.time.now + UNKILLABLE_S) + SRUN_ENDS_S
+        self.time.at(ended_at, lambda: self._srun_ends(step, code, ""))
+        self.time.at(ended_at + SRUN_ENDS_S, lambda: self._unlist(step))
+
+    # ---------------------------------------------------------------------------------------------------------- reports
+
+    def say(self, step: Step, /, **report: object) -> None:
+        """The agent says something: it is in srun's file a moment later, where there still is an srun to write it."""
+        step.unsent.append(report)
+        delay_s = 0.002 + self.chance.between(0.0, 0.02, "say", step.key, len(step.reports) + len(step.unsent))
+        if report["report"] == "exit":
+            delay_s = 0.001  # srun ends after that, and what it wrote is complete then
+        self.time.after(delay_s, lambda: self._deliver(step))
+
+    def _deliver(self, step: Step) -> None:
+        if not step.unsent or self.nodes[step.key.node].cut or not step.srun_linked:
+            return
+        if not step.srun_lives:
+            step.unsent.clear()
+            return
+        step.reports += step.unsent
+        step.unsent.clear()
+        self.on_step(step)
+
+    # ------------------------------------------------------------------------------------------------------- health
+
+    def changed(self, incarnation: Incarnation) -> None:
+        """Bring up to date whether the incarnation serves: with one member gone or hung, none of them does."""
+        engines = incarnation.engines
+        works = len(engines) == len(incarnation.plan.members) and all(
+            e.alive and e.up and not e.frozen and not e.half and not e.killed for e in engines.values()
+        )
+        if works != incarnation.works:
+            incarnation.works = works
+            incarnation.changed_at = self.time.now
+            if works and incarnation.worked_at is None:
+                incarnation.worked_at = self.time.now
+        self.on_change(incarnation)
+
+    def answer(self, incarnation: Incarnation, rank: int, *, local: bool = False) -> Answer:
+        """Return what one real request to an entrypoint brings."""
+        now = self.time.now
+        if not local and (self.unreachable(incarnation.plan.members[rank].node) or now < self.batch_host_cut_until):
+            return "late"
+        engine = incarnation.engines.get(rank)
+        if engine is None or not engine.alive or not engine.listens:
+            return "refused"
+        if engine.frozen or engine.killed:
+            return "late"
+        if now < incarnation.refuses_until:
+            return "no"
+        return "ok" if incarnation.works and now >= incarnation.busy_until else "late"
+
+    def counter(self, incarnation: Incarnation, rank: int, *, local: bool = False) -> float | None:
+        """Return the progress counter, where its page can be read."""
+        now = self.time.now
+        if not local and (self.unreachable(incarnation.plan.members[rank].node) or now < self.batch_host_cut_until):
+            return None
+        engine = incarnation.engines.get(rank)
+        if engine is None or not engine.alive or not engine.listens or engine.frozen or engine.killed:
+            return None
+        return now if incarnation.works else incarnation.changed_at
+
+    def unreachable(self, node: str) -> bool:
+        found = self.nodes[node]
+        return found.cut or found.lost
+
+    def is_fine(self, incarnation: Incarnation) -> bool:
+        """Tell whether every probe of it succeeds now, and will until `on_change` says otherwise."""
+        now = self.time.now
+        return (
+            incarnation.works
+            and now >= incarnation.busy_until
+            and now >= incarnation.refuses_until
+            and now >= self.batch_host_cut_until
+            and not any(self.unreachable(n) for n in incarnation.steps)
+        )
+
+    # ------------------------------------------------------------------------------------------------------------ Slurm
+
+    def list_steps(self) -> Slurm:
+        """Answer which steps live. The answer is as old as the question."""
+        self.questions += 1
+        now = self.time.now
+        if now < self.slurm_away_until:
+            return Slurm(None, self.chance.between(9.0, 18.0, "listing", self.questions))
+        self._forget()
+        listed = [s for s in self.steps if s.listed]
+        delay_s = 0.02
+        if now < self.slurm_slow_until:
+            delay_s = self.chance.between(1.0, 80.0, "listing", self.questions)
+            if self.chance.between(0, 1, "valid", self.questions) < 0.2:
+                return Slurm(None, delay_s)  # an answer without the batch step is none
+        return Slurm(
+            Listing(
+                asked_at=now,
+                names=frozenset(s.name for s in listed if s.agent != "none"),
+                pids=frozenset(s.pid for s in listed),
+            ),
+            delay_s,
+        )
+
+    def look_at_job(self) -> tuple[Job | None, float]:
+        """Answer whether the job goes on."""
+        self.questions += 1
+        if self.time.now < self.slurm_away_until:
+            return None, self.chance.between(9.0, 18.0, "job", self.questions)
+        slow = self.time.now < self.slurm_slow_until
+        delay_s = self.chance.between(1.0, 80.0, "job", self.questions) if slow else 0.02
+        return Job.ENDING if self.job_ending else Job.RUNNING, delay_s
+
+    def past(self, key: Key) -> Step:
+        """Return a step of which only its files are left; one that was never launched has none."""
+        found = self.incarnations.get((key.group, key.incarnation))
+        step = None if found is None or key.sweep else found.steps.get(key.node)
+        if step is None:
+            group = self._groups[key.group]
+            step = Step(key, "", 0, 0, Incarnation(group, key.incarnation, 0.0), self.time.now)
+            step.srun_lives = False
+        return step
+
+    def _forget(self) -> None:
+        self.steps = [s for s in self.steps if s.listed or s.srun_lives or s.lives]
+
+    def cancel(self, steps: Iterable[Step]) -> None:
+        """One scancel. A step whose id nobody knows has only its srun, which is told to give up."""
+        now = self.time.now
+        if now < self.slurm_away_until or now < self.cancels_lost_until:
+            return
+        for step in steps:
+            self.time.after(CANCEL_S, lambda s=step: self.slurm_kills(s))  # type: ignore[misc]
+
+    def end_job(self) -> None:
+        """The job ends: Slurm kills every step."""
+        self.job_ending, self.job_ended_at = True, self.time.now
+        for step in list(self.steps):
+            self.slurm_kills(step, 143)
+
+    # ----------------------------------------------------------------------------------------------------------- faults
+
+    def cut(self, name: str, for_s: float) -> None:
+        """Cut a node off; Slurm gives it up when that lasts."""
+        node = self.nodes[name]
+        if node.cut or node.lost:
+            return
+        node.cut = True
+        self._touch_node(node)
+        if for_s >= NODE_DOWN_S:
+            self.time.after(NODE_DOWN_S, lambda: self.lose(name))
+        else:
+            self.time.after(for_s, lambda: self.rejoin(name))
+
+    def rejoin(self, name: str) -> None:
+        node = self.nodes[name]
+        node.cut, node.back_at = False, self.time.now
+        for step in [s for s in self.steps if s.key.node == name]:
+            if step.srun_lives:
+                self._deliver(step)
+            if step.kill_on_return:
+                step.kill_on_return = False
+                if step.agent == "dead":
+                    self._step_ends(step, 137)
+                else:
+                    self.slurm_kills(step)
+        self._touch_node(node)
+
+    def lose(self, name: str) -> None:
+        """A node is gone for good: powered off, or given up by Slurm. Its steps end as far as Slurm can tell."""
+        node = self.nodes[name]
+        if node.lost:
+            return
+        node.lost, node.cut = True, False
+        for step in [s for s in self.steps if s.key.node == name]:
+            step.listed = False
+            step.unsent.clear()
+            self._bury(step)
+            self.time.after(1.0, lambda s=step: self._srun_ends(s, 1, f"Node failure on {name}"))  # type: ignore[misc]
+        for engine in list(node.engines):
+            self._gone(engine)
+        self._touch_node(node)
+
+    def _touch_node(self, node: Node) -> None:
+        for incarnation in self.newest.values():
+            if node.name in incarnation.steps:
+                incarnation.hurt("node", self.time.now)
+                self.on_change(incarnation)
+
+    def srun_dies(self, step: Step, code: int = -9) -> None:
+        """srun is gone, the step goes on: what its agent says from now on is lost."""
+        step.incarnation.hurt("srun", self.time.now)
+        self._srun_ends(step, code, "")
+
+    def relink(self, step: Step) -> None:
+        step.srun_linked = True
+        self._deliver(step)
+
+    def let_die(self) -> None:
+        """No process hangs in the kernel any more."""
+        for node in self.nodes.values():
+            for engine in list(node.engines):
+                engine.unkillable_until = 0.0
+                if engine.killed:
+                    self._gone(engine)
+
+    def empty(self) -> None:
+        """Another allocation: nothing of the last one is there."""
+        for step in self.steps:
+            step.srun_lives = step.listed = False
+            step.agent = "dead"
+        for name, node in list(self.nodes.items()):
+            for engine in list(node.engines):
+                self._gone(engine)
+            self.nodes[name] = Node(name, back_at=self.time.now)
+        self.steps.clear()
+        self.job_ending = False

@@ -1,0 +1,578 @@
+"""`coordinator.Coordinator` on virtual time: observe, decide, write, act, in the same order, around the same rules.
+
+What is real: `decide`, the barrier's rules, the journal's round trip through JSON, `store.load_state`, the store's lease,
+`steps.Steps` (what is kept of a step, what a report means), `health.fold`. What is made up: processes, HTTP, time.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from slurm_rollout import proc
+from slurm_rollout.backend import StepRef
+from slurm_rollout.coordinator import FAST_S, QUERY_PAUSE_S, SLOW_S
+from slurm_rollout.core import barrier_rules
+from slurm_rollout.core.decide import decide, is_over
+from slurm_rollout.core.model import (
+    Action,
+    Cancel,
+    Decision,
+    Event,
+    Go,
+    GroupObservation,
+    Job,
+    Launch,
+    Listing,
+    Observation,
+    Process,
+    Request,
+    RunState,
+    Snapshot,
+    StepObservation,
+    Stop,
+)
+from slurm_rollout.core.phases import ALIVE, Phase
+from slurm_rollout.core.plan import FleetPlan
+from slurm_rollout.errors import LeaseLost
+from slurm_rollout.probes import Key as ProbeKey
+from slurm_rollout.rundir import RunDir
+from slurm_rollout.simulation.clock import WALL, Timeline
+from slurm_rollout.simulation.cluster import Cluster, Step
+from slurm_rollout.simulation.files import SharedFiles, SimStore
+from slurm_rollout.simulation.probing import Probing
+from slurm_rollout.steps import Key, Steps, _observation, _Step, _take_in
+from slurm_rollout.store import load_state
+from slurm_rollout.supervisor import DRAIN_MARGIN_S
+
+CHANGING = frozenset({Phase.STARTING, Phase.STOPPING, Phase.DRAINING, Phase.FENCING})
+PORT_TIMEOUT_S = 1.0
+
+POINTS = ("events", "state", "barrier", "heeded", "act", "acted")
+"""Where a coordinator can be killed in a tick: before the events, the state, the barrier are written; before requests
+are taken away, before each action, and after all."""
+
+
+class Killed(Exception):
+    """This coordinator does not live to see the next line."""
+
+
+class Watch(Protocol):
+    """Who looks on (see `invariants`)."""
+
+    def decided(self, before: RunState, obs: Observation, decision: Decision) -> None: ...
+    def committed(self, before: RunState, obs: Observation, decision: Decision) -> None: ...
+    def wrote(self, coordinator: Coordinator, state: RunState) -> None: ...
+    def acts(self, coordinator: Coordinator, action: Action, group_ports: tuple[str, ...] | None) -> None: ...
+    def took_over(self, found: RunState, state: RunState, *, another_up: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """What a coordinator is started with."""
+
+    job: str
+    restart_count: int
+    number: int
+    first: int
+    drain: bool = False
+
+
+class SimSteps(Steps):
+    """What is known of steps, with the cluster's sruns in place of processes."""
+
+    def __init__(self, plan: FleetPlan, run: RunDir, run_id: str, cluster: Cluster, time: Timeline, term: int) -> None:
+        super().__init__(plan, run, run_id, backend=None, wake=lambda: None)  # type: ignore[arg-type]
+        self._cluster = cluster
+        self._time = time
+        self._term = term
+        self._truth: dict[Key, Step] = {}
+        self._seen: dict[tuple[str, int], tuple[StepObservation, ...]] = {}
+
+    def launch(self, action: Launch) -> None:
+        for node in action.nodes:
+            key = Key(action.group, action.incarnation, node, action.sweep)
+            self._steps[key] = step = self._new(key)
+            self._take(step, self._cluster.launch(key, self._term))
+            self._seen.pop((key.group, key.incarnation), None)
+
+    def adopt(self, state: RunState, exits: object = None) -> None:
+        """As `Steps.adopt`: sruns that live are found by mark, of the others only the journal is known."""
+        living = {s.key: s for s in self._cluster.steps if s.srun_lives}
+        gone = {s.key: s for s in self._cluster.steps if not s.srun_lives}
+        for g in state.groups:
+            for known in g.steps:
+                key = Key(g.id, g.incarnation, known.node, known.sweep)
+                self._steps[key] = step = self._new(key)
+                holder = living.get(key)
+                if holder is not None:
+                    self._take(step, holder)
+                    continue
+                step.exited_at = self._time.now
+                if known.pid is not None:
+                    step.process, step.pid, step.pid_started = Process.EXITED, known.pid, known.pid_started
+                self._truth[key] = gone.get(key) or self._cluster.past(key)  # its reports can still be read
+                self._look(step)
+
+    def _take(self, step: _Step, held: Step) -> None:
+        self._truth[step.key] = held
+        step.process, step.pid, step.pid_started = Process.RUNNING, held.pid, held.pid
+        self._look(step)
+
+    def _look(self, step: _Step) -> bool:
+        held = self._truth[step.key]
+        changed = len(held.reports) > step.offset
+        if step.process is Process.RUNNING and not held.srun_lives:
+            step.process, step.exited_at, step.exit_code = Process.EXITED, self._time.now, held.code
+            changed = True
+        for report in held.reports[step.offset :]:
+            _take_in(step, report)
+        step.offset = len(held.reports)
+        if changed:
+            self._seen.pop((step.key.group, step.key.incarnation), None)
+        return changed
+
+    def read(self) -> bool:
+        changed = False
+        for step in self._steps.values():
+            held = self._truth[step.key]
+            if len(held.reports) > step.offset or (step.process is Process.RUNNING and not held.srun_lives):
+                changed |= self._look(step)
+        return changed
+
+    def observe(self, group: str, incarnation: int) -> tuple[StepObservation, ...]:
+        found = self._seen.get((group, incarnation))
+        if found is None:
+            found = tuple(
+                self._with_words(_observation(step), self._truth[key])
+                for key, step in self._steps.items()
+                if key.group == group and key.incarnation == incarnation
+            )
+            self._seen[group, incarnation] = found
+        return found
+
+    @staticmethod
+    def _with_words(seen: StepObservation, held: Step) -> StepObservation:
+        if seen.process is Process.EXITED and seen.exit is None and held.stderr:
+            return replace(seen, stderr=held.stderr)
+        return seen
+
+    def keep(self, state: RunState) -> None:
+        known = len(self._steps)
+        super().keep(state)
+        if len(self._steps) != known:
+            self._seen.clear()
+
+    def held(self, action: Go | Snapshot | Stop | Cancel) -> list[Step]:
+        return [self._truth[s.key] for s in self._of(action)]
+
+    def signal(self, action: Go | Snapshot | Stop) -> None:
+        for step in self._of(action):
+            held = self._truth[step.key]
+            if step.process is Process.RUNNING and held.srun_lives:
+                if isinstance(action, Stop):
+                    self._cluster.usr1(held)
+                else:
+                    self._cluster.usr2(held)
+
+    def detach(self) -> None:
+        """The sruns go on."""
+
+
+class Coordinator:
+    """One term."""
+
+    def __init__(
+        self,
+        plan: FleetPlan,
+        cluster: Cluster,
+        files: SharedFiles,
+        time: Timeline,
+        term: Term,
+        watch: Watch,
+        over: Callable[[Coordinator, str], None],
+    ) -> None:
+        self.plan = plan
+        self.term = term
+        self.alive = True
+        self.paused = False
+        self.superseded = False
+        self.resumed_at = 0.0
+        self.kill_at: tuple[str, int] | None = None  # point, and how many times it is passed before
+        self.stall_s = 0.0  # stopped for so long between its next journal entry and the action
+        self.stop_signal = term.drain
+        self.cannot_write = False
+        self.late_deeds = False  # it does what it wrote down before it was stopped
+        self._cluster = cluster
+        self._files = files
+        self._time = time
+        self._watch = watch
+        self._over = over
+        self._store = SimStore(files, term.number, plan.heartbeat_s)
+        found = self._load()
+        self.state = found
+        self.steps = SimSteps(plan, files.run, found.run_id, cluster, time, term.number)
+        self.probing = Probing(plan, cluster, time, self._probed)
+        self._ports: dict[str, tuple[float, tuple[str, ...] | None]] = {}
+        self._asked: dict[str, float] = {}
+        self._under_way: set[str] = set()
+        self._listing: Listing | None = None
+        self._listing_failed_at: float | None = None
+        self._job, self._job_asked_at = Job.UNKNOWN, None
+        self._seq = files.seq()
+        self._visible: RunState | None = None
+        self._audit_at = time.now + plan.audit_s
+        self._due: float | None = None
+        self._degraded_at = found.started_at + plan.degraded_timeout_s
+
+    def _load(self) -> RunState:
+        run, term = self._files.run, self.term
+        if self._files.state is not None:
+            text = '{"boot_id": %s, "state": %s}' % (json.dumps(proc.boot_id()), self._files.journal())
+            run.state.write_text(text, encoding="utf-8")
+        state = load_state(
+            run,
+            self.plan,
+            job=term.job,
+            restart_count=term.restart_count,
+            term=term.number,
+            first_term=term.first,
+            now=self._time.now,
+        )
+        if self._files.state is not None:
+            self._watch.took_over(self._files.state, state, another_up=term.number == term.first)
+        return state
+
+    def start(self) -> None:
+        """Take the lease, adopt what runs, and begin."""
+        self._store.open()
+        self.steps.adopt(self.state, {})
+        first = self.term.number == self.term.first
+        self._store.add_events([Event(type="up" if first else "takeover", message="")], WALL + self._time.now)
+        self.poke(self._time.now)
+
+    # ------------------------------------------------------------------------------------------------------ wake-ups
+
+    def poke(self, at: float) -> None:
+        """Have a tick at this moment at the latest."""
+        if not self.alive or (self._due is not None and self._due <= at):
+            return
+        self._due = at
+
+        def due() -> None:
+            if self._due == at:
+                self._due = None
+                self.tick()
+
+        self._time.at(at, due)
+
+    def on_step(self, step: Step) -> None:
+        """A process ended, or its report is in the file."""
+        now = self._time.now
+        fresh = any(g.phase in CHANGING and now - g.since < 10.0 for g in self.state.groups)
+        self.poke(now + (FAST_S if fresh or not step.srun_lives else SLOW_S / 2))
+
+    def _probed(self) -> None:
+        self.poke(self._time.now + 0.001)
+
+    # ---------------------------------------------------------------------------------------------------- life, death
+
+    def die(self) -> None:
+        """SIGKILL."""
+        if self.alive:
+            self.alive = False
+            if not self.superseded:
+                self._files.silence()
+            self.probing.close()
+            self._store.close()
+
+    def pause(self, for_s: float) -> None:
+        """SIGSTOP, swapped out, or a file system that hangs."""
+        if self.paused or not self.alive:
+            return
+        self.paused = True
+        if not self.superseded:
+            self._files.silence()
+        self.probing.pause()
+        self._time.after(for_s, self._resume)
+
+    def _resume(self) -> None:
+        if not self.alive:
+            return
+        self.paused = False
+        self.resumed_at = self._time.now
+        self._visible = None  # a heartbeat is overdue
+        self.probing.resume()
+        self.poke(self._time.now)
+
+    def _pass(self, point: str) -> None:
+        if self.kill_at is not None and self.kill_at[0] == point:
+            if self.kill_at[1] <= 0:
+                raise Killed(point)
+            self.kill_at = point, self.kill_at[1] - 1
+
+    # --------------------------------------------------------------------------------------------------------- a tick
+
+    def tick(self) -> None:
+        if not self.alive or self.paused:
+            return
+        try:
+            self._tick()
+        except Killed:
+            self.die()
+            self._over(self, "killed")
+        except LeaseLost:
+            self.superseded = True
+            self.die()
+            self._over(self, "superseded")
+
+    def _tick(self) -> None:
+        self.steps.read()
+        requests = self._files.waiting()
+        obs = self._observe(requests)
+        before = self.state
+        decision = decide(self.plan, before, obs)
+        self._watch.decided(before, obs, decision)
+        if not self._commit(decision, obs):
+            self.poke(obs.now + QUERY_PAUSE_S)
+            return
+        self.state = decision.state
+        self._pass("heeded")
+        self._files.heeded(requests)
+        if self.stall_s and decision.actions:
+            stall_s, self.stall_s = self.stall_s, 0.0
+            self.pause(stall_s)
+            self._time.after(stall_s, lambda: self._act_late(before, decision, obs))
+            return
+        self._act_and_go_on(before, decision, obs)
+
+    def _act_late(self, before: RunState, decision: Decision, obs: Observation) -> None:
+        self.late_deeds = True
+        try:
+            self._act_and_go_on(before, decision, obs)
+        except Killed:
+            self.die()
+            self._over(self, "killed")
+        finally:
+            self.late_deeds = False
+
+    def _act_and_go_on(self, before: RunState, decision: Decision, obs: Observation) -> None:
+        if not self.alive:
+            return
+        for action in decision.actions:
+            self._pass("act")
+            self._act(action)
+        self._pass("acted")
+        if decision.state.groups != before.groups:
+            self.steps.keep(self.state)
+        self.probing.set_targets(self._targets())
+        self._find_out(decision, obs)
+        if is_over(self.state):
+            self._end("drained")
+        elif self.state.ending and self._time.now - self.state.ending_at > self._drain_bound_s():
+            self._end("gave up")
+        else:
+            self._sleep(decision)
+
+    def _end(self, how: str) -> None:
+        self.die()
+        self._over(self, how)
+
+    def _drain_bound_s(self) -> float:
+        return max(p.stop.grace_s + p.stop.cancel_after_s for p in self.plan.pools) + DRAIN_MARGIN_S
+
+    def _sleep(self, decision: Decision) -> None:
+        now = self._time.now
+        dues = [self._audit_at]
+        if decision.wake_at is not None:
+            dues.append(max(decision.wake_at, now + 0.001))
+        if self._degraded_at > now:
+            dues.append(self._degraded_at)
+        if self.state.ending:
+            dues.append(now + 1.0)
+        self.poke(min(dues))
+
+    def _observe(self, requests: list[Request]) -> Observation:
+        groups = []
+        for g in self.state.groups:
+            ports = None
+            if g.phase is Phase.FENCING:
+                check = self._ports.get(g.id)
+                ports = check[1] if check is not None and check[0] == g.since else None
+            groups.append(
+                GroupObservation(
+                    id=g.id,
+                    incarnation=g.incarnation,
+                    steps=self.steps.observe(g.id, g.incarnation),
+                    endpoints=self.probing.endpoints(g.id, g.incarnation),
+                    ports_open=ports,
+                )
+            )
+        now = self._time.now
+        return Observation(
+            now=now,
+            wall=WALL + now,
+            groups=tuple(groups),
+            listing=self._listing,
+            listing_failed_at=self._listing_failed_at,
+            job=self._job,
+            job_asked_at=self._job_asked_at,
+            requests=tuple(requests),
+            stop_signal=self.stop_signal,
+        )
+
+    def _commit(self, decision: Decision, obs: Observation) -> bool:
+        """As `Coordinator._commit` and `_write`."""
+        changed = decision.state != self.state
+        if not (changed or decision.events or self._visible is None):
+            return True
+        try:
+            if obs.now < self._files.full_until:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._pass("events")
+            self._store.add_events(decision.events, obs.wall)
+            if changed:
+                self._pass("state")
+                self._store.write_state(decision.state)
+            self._watch.committed(self.state, obs, decision)
+            visible = replace(decision.state, groups=tuple(replace(g, steps=()) for g in decision.state.groups))
+            if visible != self._visible:
+                self._pass("barrier")
+                self._seq = max(self._seq, self._files.seq()) + 1
+                document = barrier_rules.barrier_document(
+                    self.plan, decision.state, now=obs.now, seq=self._seq, clients={}
+                )
+                self._store.write_barrier(document)
+                self._visible = visible
+                self._watch.wrote(self, decision.state)
+        except OSError:
+            self.cannot_write = True
+            self._files.silence()
+            self._visible = None
+            return bool(decision.state.ending)
+        self.cannot_write = False
+        return True
+
+    def _act(self, action: Action) -> None:
+        check = self._ports.get(action.group)
+        self._watch.acts(self, action, check[1] if check is not None else None)
+        match action:
+            case Launch():
+                self.steps.launch(action)
+            case Go() | Snapshot() | Stop():
+                self.steps.signal(action)
+            case Cancel():
+                self._begin("cancel", 0.0, self._cancel)
+
+    def _cancel(self) -> None:
+        held = []
+        for g in self.state.groups:
+            if g.cancel_sent_at is not None:
+                every = Cancel(group=g.id, incarnation=g.incarnation, nodes=tuple(s.node for s in g.steps))
+                refs: list[StepRef] = self.steps.refs(every)
+                held += [step for step, _ in zip(self.steps.held(every), refs, strict=True)]
+        if held:
+            self._cluster.cancel(held)
+
+    def _targets(self) -> dict[ProbeKey, str]:
+        targets = {}
+        for g in self.state.groups:
+            group = self.plan.group(g.id)
+            if g.phase in ALIVE:
+                for member in group.entrypoints:
+                    targets[ProbeKey(g.id, g.incarnation, member.rank)] = "liveness"
+            elif g.phase is Phase.STARTING:
+                for rank in {r for s in self.steps.observe(g.id, g.incarnation) for r in s.listening}:
+                    if group.members[rank].entrypoint:
+                        targets[ProbeKey(g.id, g.incarnation, rank)] = "startup"
+        return targets
+
+    # ---------------------------------------------------------------------------------------------------- finding out
+
+    def _find_out(self, decision: Decision, obs: Observation) -> None:
+        for group_id in decision.wants.ports:
+            self._check_ports(group_id)
+        audit = obs.now >= self._audit_at
+        if audit:
+            self._audit_at = obs.now + self.plan.audit_s
+        if decision.wants.listing or audit:
+            self._ask("listing", self._list)
+        if decision.wants.job or audit:
+            self._ask("job", self._look_at_job)
+
+    def _ask(self, name: str, question: Callable[[], None]) -> None:
+        now = self._time.now
+        if name in self._under_way:
+            return
+        asked = self._asked.get(name, -QUERY_PAUSE_S)
+        if now - asked >= QUERY_PAUSE_S:
+            self._asked[name] = now
+            question()
+        else:
+            self.poke(asked + QUERY_PAUSE_S)
+
+    def _begin(self, name: str, delay_s: float, done: Callable[[], None]) -> None:
+        if name in self._under_way:
+            return
+        self._under_way.add(name)
+
+        def finish() -> None:
+            self._under_way.discard(name)
+            if not self.alive:
+                return
+            if self.paused:  # it comes in once the loop runs again
+                self._begin(name, 1.0, done)
+                return
+            done()
+            self.poke(self._time.now)
+
+        self._time.after(delay_s, finish)
+
+    def _list(self) -> None:
+        answer = self._cluster.list_steps()
+
+        def done() -> None:
+            if answer.listing is None:
+                self._listing_failed_at = self._time.now
+            else:
+                self._listing = answer.listing
+
+        self._begin("listing", answer.delay_s, done)
+
+    def _look_at_job(self) -> None:
+        asked_at = self._time.now
+        known, delay_s = self._cluster.look_at_job()
+
+        def done() -> None:
+            self._job = Job.UNKNOWN if known is None else known
+            if known is None:
+                self._listing_failed_at = self._time.now
+            self._job_asked_at = asked_at
+
+        self._begin("job", delay_s, done)
+
+    def _check_ports(self, group_id: str) -> None:
+        g, group = self.state.group(group_id), self.plan.group(group_id)
+        late = any(self._cluster.unreachable(n) for n in group.nodes)
+
+        def done() -> None:
+            self._ports[group_id] = (
+                g.since,
+                tuple(
+                    f"{group.addresses[m.node]}:{p}"
+                    for m in group.members
+                    for p in m.fenced_ports
+                    if self._cluster.accepts(self._cluster.nodes[m.node], p)
+                ),
+            )
+
+        self._begin(f"ports {group_id}", (PORT_TIMEOUT_S if late else 0.002) + self._again_s(group_id), done)
+
+    def _again_s(self, group_id: str) -> float:
+        """What keeps a group waiting is looked at again, but not in a busy loop."""
+        check = self._ports.get(group_id)
+        return 0.2 if check is not None and check[0] == self.state.group(group_id).since else 0.0

@@ -1,0 +1,334 @@
+"""What must hold whatever happens: the truth of the cluster and the files, held against what was decided.
+
+The checker sees both sides. It never asks why the code did something, only whether it may: a launch beside a living
+process, a URL of a dead incarnation, a restart of an engine that was well, a budget that does not add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from slurm_rollout.core.bounds import recovery_bound
+from slurm_rollout.core.model import (
+    Action,
+    Cancel,
+    Decision,
+    Event,
+    Go,
+    GroupState,
+    Launch,
+    Observation,
+    RunState,
+    Stop,
+)
+from slurm_rollout.core.phases import ALIVE, Phase, PoolPhase, Reason
+from slurm_rollout.core.plan import FleetPlan, PoolPlan
+from slurm_rollout.simulation.clock import Timeline
+from slurm_rollout.simulation.cluster import Cluster, Engine, Incarnation, Step
+
+if TYPE_CHECKING:
+    from slurm_rollout.simulation.coordinator import Coordinator
+    from slurm_rollout.simulation.files import SharedFiles
+
+HANGS = frozenset({Reason.NOT_ANSWERING, Reason.ANSWERS_ERROR})
+UNCHARGED = frozenset({Reason.TAKEOVER, Reason.LAUNCH_FAILED})
+MARGIN_S = 3.0
+
+
+class Broken(AssertionError):
+    """An invariant of the design does not hold; `number` is its number there, 0: a healthy engine was ended."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(f"invariant {number}: {message}")
+        self.number = number
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What was seen of one group's failures, apart from what its own state says."""
+
+    runtime: list[float] = field(default_factory=list)
+    start: list[float] = field(default_factory=list)
+    pending: tuple[str, float] | None = None  # a failure that its next launch will be charged for
+    at_job_end: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+class Checker:
+    """Looks on at every step of one run."""
+
+    def __init__(self, plan: FleetPlan, cluster: Cluster, files: SharedFiles, time: Timeline) -> None:
+        self.plan = plan
+        self.cluster = cluster
+        self.files = files
+        self.time = time
+        self.lease = 0  # the newest term that opened its store
+        self.epoch = 0
+        self.recoveries: list[tuple[str, float, str]] = []  # pool, seconds, reason
+        self.failures: dict[str, int] = {}
+        self.blind_launch_until = 0.0
+        self._policies: dict[str, PoolPlan] = {g.id: p for p in plan.pools for g in p.groups}
+        self._ledgers = {g.id: Ledger() for g in plan.groups}
+        self._served: dict[int, tuple[tuple[str, int], ...]] = {0: ()}
+        self._launched: set[tuple[str, int, str]] = set()
+        self._sights: dict[str, float] = {}
+        self._bounds = {p.name: recovery_bound(plan, p) for p in plan.pools}
+
+    # ------------------------------------------------------------------------------------------------- the truth's side
+
+    def launched(self, step: Step) -> None:
+        """2 and 11: nothing of the group lives, nothing is started twice."""
+        key, now = step.key, self.time.now
+        holds_lease = step.term == self.lease
+        if not key.sweep:
+            who = (key.group, key.incarnation, key.node)
+            if who in self._launched:
+                raise Broken(11, f"{step.name} was started twice")
+            self._launched.add(who)
+        if not holds_lease:
+            return  # a deed that was journalled before the takeover; the agents' claims and fences end it
+        for other in self.cluster.steps:
+            if other is step or other.key.group != key.group or self._is_away(other.key.node):
+                continue
+            same = other.key.incarnation == key.incarnation and other.key.sweep == key.sweep
+            if other.goes_on and not same and other.term == self.lease and not other.key.sweep:
+                raise Broken(2, f"{step.name} is launched while {other.name} lives")
+        if key.sweep:
+            return
+        for member in self.plan.group(key.group).members:
+            node = self.cluster.nodes[member.node]
+            for engine in node.engines:
+                older = engine.incarnation.plan.id == key.group and engine.incarnation.number < key.incarnation
+                looked_at = now - MARGIN_S
+                if older and engine.listens and not self._is_away(node.name) and node.back_at < looked_at:
+                    if self.cluster.batch_host_cut_until < looked_at:
+                        raise Broken(2, f"{step.name} is launched while a port of incarnation "
+                                        f"{engine.incarnation.number} still accepts connections on {node.name}")
+
+    def engine_starts(self, engine: Engine) -> None:
+        """1 and 2: only one incarnation has engines, and they start after every node was fenced."""
+        mine = engine.incarnation
+        unfenced = [n for n in mine.plan.nodes if mine.steps.get(n) is None or not mine.steps[n].was_fenced]
+        if unfenced:
+            raise Broken(2, f"{mine.id} rank {engine.member.rank} starts, but {unfenced} are not fenced")
+        for node in self.cluster.nodes.values():
+            if self._is_away(node.name):
+                continue
+            for other in node.engines:
+                if other.incarnation is not mine and other.incarnation.plan.id == mine.plan.id:
+                    raise Broken(1, f"{mine.id} starts, and incarnation {other.incarnation.number} lives on {node.name}")
+
+    def _is_away(self, name: str) -> bool:
+        node = self.cluster.nodes[name]
+        return node.cut or node.lost
+
+    # ---------------------------------------------------------------------------------------------------- the decision's
+
+    def decided(self, before: RunState, obs: Observation, decision: Decision) -> None:
+        after = decision.state
+        if after.epoch < before.epoch or after.term != before.term:
+            raise Broken(4, f"epoch {before.epoch} -> {after.epoch}, term {before.term} -> {after.term}")
+        if (after.epoch != before.epoch) is not (after.serving != before.serving):
+            raise Broken(4, f"epoch {before.epoch} -> {after.epoch} while {before.serving} -> {after.serving}")
+        if decision.wake_at is not None and decision.wake_at < obs.now:  # a rounding error is no spin
+            raise Broken(10, f"asks to be woken at {decision.wake_at:.3f}, and it is {obs.now:.3f}")
+        for action in decision.actions:
+            if isinstance(action, Launch) and before.ending:
+                raise Broken(8, f"{action.group} is launched while the run ends")
+
+    def committed(self, before: RunState, obs: Observation, decision: Decision) -> None:
+        """It is written down, so it is so."""
+        for old, new in zip(before.groups, decision.state.groups, strict=True):
+            if old.phase is not new.phase and new.phase in (Phase.FAILED, Phase.STOPPED):
+                self._rests(new)
+        if not decision.events:
+            return
+        for old, new in zip(before.groups, decision.state.groups, strict=True):
+            if new.incarnation not in (old.incarnation, old.incarnation + 1):
+                raise Broken(11, f"{old.id}: incarnation {old.incarnation} -> {new.incarnation}")
+            self._book(old, new, obs, decision)
+
+    def _rests(self, g: GroupState) -> None:
+        """6: what has failed or was drained left nothing behind."""
+        for step in self.cluster.steps:
+            if step.key.group == g.id and step.goes_on and not self._is_away(step.key.node) and step.term == self.lease:
+                raise Broken(6, f"{g.id} is {g.phase}, and {step.name} lives")
+
+    def _book(self, old: GroupState, new: GroupState, obs: Observation, decision: Decision) -> None:
+        policy = self._policies[new.id].restart
+        ledger, now = self._ledgers[new.id], obs.now
+        if old.phase in (Phase.FAILED, Phase.STOPPED) and new.phase not in (Phase.FAILED, Phase.STOPPED):
+            self._ledgers[new.id] = ledger = Ledger()
+        excused = (
+            new.failure is not None
+            and new.failure.reason is Reason.LAUNCH_FAILED
+            and obs.listing_failed_at is not None
+            and obs.listing_failed_at >= new.failure.at - 61.0
+        )
+        if old.phase is Phase.STOPPING and new.phase is not Phase.STOPPING and excused:
+            ledger.pending = None
+        for event in decision.events:
+            if event.group != new.id:
+                continue
+            if event.type == "failure":
+                assert new.failure is not None
+                if ledger.pending is not None:
+                    self._charge(ledger)
+                self.failures[event.reason] = self.failures.get(event.reason, 0) + 1
+                self._justify(old, event, obs)
+                charged = new.charge is not None or new.goes_to is Phase.FAILED
+                kind = "start" if new.failure.startup else "runtime"
+                if not charged and new.failure.reason not in UNCHARGED:
+                    raise Broken(8, f"{new.id}: {event.reason} is not charged")
+                ledger.pending = (kind, now) if charged else None
+                if new.goes_to is Phase.FAILED:
+                    self._is_spent(new, ledger, kind)
+            elif event.type == "launching":
+                if ledger.pending is not None:
+                    self._charge(ledger)
+                self._may_launch(new, ledger, policy)
+            elif event.type == "failed":
+                ledger.pending = None
+            elif event.type == "ready" and new.marks.ready_at is not None and new.marks.seen_at is not None:
+                if old.phase is Phase.STARTING:
+                    took_s = new.marks.ready_at - new.marks.seen_at
+                    self.recoveries.append((self._policies[new.id].name, took_s, new.failure.reason if new.failure else ""))
+        if new.reason is Reason.OPERATOR and old.phase is not new.phase:
+            ledger.pending = None
+        if old.phase is Phase.STOPPING and new.phase is Phase.DRAINING:
+            ledger.pending = None
+
+    @staticmethod
+    def _charge(ledger: Ledger) -> None:
+        assert ledger.pending is not None
+        kind, at = ledger.pending
+        (ledger.start if kind == "start" else ledger.runtime).append(at)
+        ledger.pending = None
+
+    def _is_spent(self, g: GroupState, ledger: Ledger, kind: str) -> None:
+        policy, now = self._policies[g.id].restart, self.time.now
+        times, limit = (
+            (ledger.start, policy.max_start_failures) if kind == "start" else (ledger.runtime, policy.max_restarts)
+        )
+        spent = [t for t in times if now - t < policy.window_s]
+        if len(spent) < limit:
+            raise Broken(8, f"{g.id} is given up with {len(spent)} of {limit} restarts spent")
+
+    def _may_launch(self, g: GroupState, ledger: Ledger, policy: Any) -> None:
+        now = self.time.now
+        for kind, times, limit in (
+            ("run-time failures", ledger.runtime, policy.max_restarts),
+            ("start-up failures", ledger.start, policy.max_start_failures),
+        ):
+            recent = [t for t in times if now - t < policy.window_s]
+            if len(recent) > limit:
+                raise Broken(8, f"{g.id} is launched after {len(recent)} {kind}, {limit} are allowed")
+        if self.cluster.job_ending:
+            ended_at = self.cluster.job_ended_at
+            if now - ended_at > MARGIN_S and g.marks.seen_at is not None and g.marks.seen_at >= ended_at:
+                raise Broken(8, f"{g.id} is launched although the job ends")
+
+    def _justify(self, old: GroupState, event: Event, obs: Observation) -> None:
+        """0: an engine that was well may not be ended by a verdict of ours."""
+        reason = Reason(event.reason)
+        truth = self.cluster.incarnations.get((old.id, old.incarnation))
+        if truth is None or old.phase not in ALIVE:
+            return
+        probe = self._policies[old.id].probe
+        span_s = self._bounds[self._policies[old.id].name].detect_s + probe.liveness_timeout_s + MARGIN_S
+        hurt = max(truth.hurt_at.values(), default=0.0)
+        if reason in HANGS:
+            broken = not truth.works or self.time.now - truth.changed_at < span_s
+            node = any(self._is_away(n) or self.time.now - self.cluster.nodes[n].back_at < span_s for n in truth.steps)
+            refuses = truth.refuses_until > self.time.now - span_s
+            if not (broken or node or refuses):
+                raise Broken(0, f"{old.id} incarnation {old.incarnation} was well, and is restarted: {event.message}")
+        elif not truth.hurt_at or (truth.works and self.time.now - hurt > 3600.0):
+            raise Broken(0, f"{old.id} incarnation {old.incarnation} was well, and is restarted: {event.message}")
+
+    # ------------------------------------------------------------------------------------------------------- the writer's
+
+    def opened(self, term: int) -> None:
+        if term <= self.lease:
+            raise Broken(4, f"term {term} opens after term {self.lease}")
+        self.lease = term
+
+    def wrote(self, coordinator: Coordinator, state: RunState) -> None:
+        """3, 4 and 9: what the file says is proved, and numbers only grow."""
+        document = self.files.newest()
+        if coordinator.term.number != self.lease:
+            raise Broken(4, f"term {coordinator.term.number} writes, and term {self.lease} has taken over")
+        epoch, serving = int(document["epoch"]), []
+        for group in document["groups"]:
+            if not group["urls"] and not group["serving"]:
+                continue
+            serving.append((group["id"], group["incarnation"]))
+            self._is_proved(group)
+        if epoch < self.epoch:
+            raise Broken(4, f"epoch {self.epoch} -> {epoch} in the file")
+        known = self._served.setdefault(epoch, tuple(serving))
+        if known != tuple(serving):
+            raise Broken(4, f"epoch {epoch} stood for {known}, and now for {serving}")
+        self.epoch = epoch
+        for pool in self.plan.pools:
+            possible = sum(state.group(g.id).phase is not Phase.FAILED for g in pool.groups)
+            if possible < pool.min_ready and state.phase is not PoolPhase.FAILED:
+                raise Broken(9, f"{pool.name} cannot come back, and the barrier says {state.phase}")
+
+    def _is_proved(self, group: dict[str, Any]) -> None:
+        truth = self.cluster.incarnations.get((group["id"], group["incarnation"]))
+        wanted = {m.rank for m in self.plan.group(group["id"]).entrypoints}
+        if truth is None or not wanted <= truth.proved:
+            raise Broken(3, f"{group['id']} incarnation {group['incarnation']} is in the barrier, and is not proved")
+
+    def acts(self, coordinator: Coordinator, action: Action, ports: tuple[str, ...] | None) -> None:
+        """3 and 7: URLs leave the file first; nothing starts that could not be written down."""
+        if isinstance(action, Launch) and coordinator.cannot_write:
+            raise Broken(7, f"{action.group} is launched, and the barrier cannot be written")
+        if isinstance(action, Go):
+            return
+        stale = coordinator.term.number != self.lease
+        if stale and not coordinator.late_deeds:
+            raise Broken(4, f"term {coordinator.term.number} acts, and term {self.lease} has taken over")
+        if stale or coordinator.cannot_write or isinstance(action, Launch) and action.sweep:
+            return
+        if isinstance(action, Stop | Cancel | Launch):
+            for group in self.files.newest().get("groups", ()):
+                if group["id"] == action.group and (group["urls"] or group["serving"]):
+                    raise Broken(3, f"{action.group}: {type(action).__name__} while its URLs are in the barrier")
+
+    def took_over(self, found: RunState, state: RunState, *, another_up: bool) -> None:
+        """4 and 11: a takeover goes on."""
+        if state.epoch < found.epoch or state.term <= found.term:
+            raise Broken(4, f"takeover: epoch {found.epoch} -> {state.epoch}, term {found.term} -> {state.term}")
+        for g in found.groups:
+            after = state.group(g.id)
+            if after.incarnation < g.incarnation:
+                raise Broken(11, f"takeover: {g.id} incarnation {g.incarnation} -> {after.incarnation}")
+            if another_up and after.phase is Phase.PENDING:  # it begins anew, its budget too
+                self._ledgers[g.id] = Ledger()
+            elif (after.runtime_failures, after.start_failures) != (g.runtime_failures, g.start_failures):
+                raise Broken(8, f"takeover: {g.id} has another budget than before")
+
+    # -------------------------------------------------------------------------------------------------------- the reader's
+
+    def offered(self, groups: tuple[Any, ...], epoch: int, well_s: float, delay_s: float) -> None:
+        """3, from the trainer's side: what it is offered was proved, and is not long dead."""
+        serving = tuple((g.id, g.incarnation) for g in groups if g.serving)
+        known = self._served.get(epoch)
+        if known is not None and known != serving:
+            raise Broken(4, f"a reader sees epoch {epoch} with {serving}; it stands for {known}")
+        for group in groups:
+            if not group.serving:
+                continue
+            self._is_proved({"id": group.id, "incarnation": group.incarnation})
+            truth = self.cluster.incarnations[group.id, group.incarnation]
+            if truth.works or any(self._is_away(n) for n in truth.steps):
+                continue
+            bound = self._bounds[self._policies[group.id].name]
+            limit_s = bound.detect_s + self._policies[group.id].probe.liveness_timeout_s + delay_s + MARGIN_S
+            if min(well_s, self.time.now - truth.changed_at) > limit_s:
+                raise Broken(
+                    3, f"{group.id} incarnation {group.incarnation} is offered, and is dead for "
+                    f"{self.time.now - truth.changed_at:.0f} s"
+                )

@@ -1,0 +1,561 @@
+"""One seed: a fleet, hours of faults, then peace, in which everything must become ready again, and the end."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from slurm_rollout.barrier import Barrier, BarrierError, CoordinatorLost, FleetFailed
+from slurm_rollout.core.bounds import recovery_bound
+from slurm_rollout.core.model import Event, Observation, RunState
+from slurm_rollout.core.model import Action, Decision
+from slurm_rollout.core.phases import ALIVE, IllegalTransition, Phase, PoolPhase
+from slurm_rollout.core.plan import (
+    Counter,
+    FencePolicy,
+    FleetPlan,
+    ProbePolicy,
+    ProbeRequest,
+    RestartPolicy,
+    StopPolicy,
+)
+from slurm_rollout.core.view import event_line
+from slurm_rollout.errors import RolloutError
+from slurm_rollout.rundir import RunDir
+from slurm_rollout.simulation import faults as fault_kinds
+from slurm_rollout.simulation.clock import Chance, Timeline
+from slurm_rollout.simulation.cluster import Cluster, Engine, Incarnation, Step
+from slurm_rollout.simulation.coordinator import Coordinator, Term
+from slurm_rollout.simulation.faults import Fault
+from slurm_rollout.simulation.files import SharedFiles
+from slurm_rollout.simulation.invariants import Broken, Checker
+from slurm_rollout.simulation.probing import LocalProbing
+from slurm_rollout.testing.world import make_plan
+
+COORDINATOR_STARTS_S = 0.3
+TRAINER_AFTER_FAILURE_S = 60.0
+NEXT_UP_S = 30.0
+PEACE_MARGIN_S = 20.0
+TRACE_LINES = 3000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Everything that a run depends on."""
+
+    seed: int
+    plan: FleetPlan
+    faults: tuple[Fault, ...]
+    peace_at: float  # when the faults end
+    load_s: tuple[float, float] = (20.0, 60.0)
+    job_ends: bool = False  # at the end the job is killed, instead of told to end
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one run brought."""
+
+    case: Case
+    broken: str = ""  # which invariant, and how
+    number: int = -1
+    trace: list[str] = field(default_factory=list)
+    hours: float = 0.0
+    ticks: int = 0
+    faults: int = 0
+    terms: int = 0
+    recoveries: list[tuple[str, float, str]] = field(default_factory=list)
+    failures: dict[str, int] = field(default_factory=dict)
+    ready_group_s: float = 0.0
+
+
+START = 1000.0
+
+
+def make_case(seed: int, *, hours: float = 1.0, per_hour: float | None = None, plan: FleetPlan | None = None) -> Case:
+    """Return the case that a seed stands for: the plan, the faults, how it ends."""
+    rng = random.Random(seed)
+    plan = plan or some_plan(rng)
+    kinds = fault_kinds.every_kind()
+    if rng.random() < 0.5:  # a few kinds at a time meet each other more often
+        kinds = {k: kinds[k] for k in rng.sample(sorted(kinds), 8)}
+    rate = per_hour if per_hour is not None else 10 ** rng.uniform(0.5, 1.8)
+    longest = max(p.probe.startup_timeout_s for p in plan.pools)
+    begins_at = START + rng.choice((0.0, 30.0, 120.0))
+    schedule = fault_kinds.schedule(rng, begins_at, hours, rate, kinds)
+    load_s = (2.0, 10.0) if longest < 200 else (20.0, 60.0)
+    return Case(
+        seed=seed,
+        plan=plan,
+        faults=tuple(schedule),
+        peace_at=begins_at + hours * 3600.0,
+        load_s=load_s,
+        job_ends=rng.random() < 0.3,
+    )
+
+
+def some_plan(rng: random.Random) -> FleetPlan:
+    """Return a fleet of one to eight groups of one to four members, with all sorts of policies."""
+    counted = rng.random() < 0.7
+    budget = rng.choice((0, 1, 3, 5, 5, 20))
+    groups = rng.choice((1, 2, 2, 3, 4, 8))
+    return make_plan(
+        groups,
+        rng.choice((1, 2, 2, 4)),
+        min_ready=rng.randint(1, groups),
+        entrypoints=rng.choice(("all", "leader")),
+        probe=ProbePolicy(
+            request=ProbeRequest(),
+            counter=Counter(name="tokens") if counted else None,
+            startup_timeout_s=rng.choice((120.0, 600.0, 2700.0)),
+            liveness_period_s=rng.choice((5.0, 15.0)),
+            liveness_timeout_s=rng.choice((10.0, 30.0)),
+            liveness_failure_threshold=rng.choice((2, 3, 4)),
+        ),
+        restart=RestartPolicy(
+            max_restarts=budget,
+            max_start_failures=max(1, budget),
+            window_s=rng.choice((600.0, 3600.0)),
+            backoff_max_s=rng.choice((30.0, 300.0)),
+        ),
+        stop=StopPolicy(grace_s=rng.choice((0.0, 0.0, 5.0)), snapshot_s=rng.choice((0.0, 3.0))),
+        fence=FencePolicy(timeout_s=rng.choice((30.0, 120.0))),
+    )
+
+
+class Fleet:
+    """A cluster, the coordinators of one job and their supervisor, a trainer that polls, and who watches them."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case = case
+        self.plan = case.plan
+        self.time = Timeline(START)
+        self.chance = Chance(case.seed)
+        self.cluster = Cluster(self.plan, self.time, self.chance, self._load_s)
+        self.files = SharedFiles(RunDir(folder), self.time, self.chance)
+        self.checker = Checker(self.plan, self.cluster, self.files, self.time)
+        self.local = LocalProbing(self.plan, self.cluster, self.time)
+        self.coordinator: Coordinator | None = None
+        self.slow_starts: dict[str, float] = {}
+        self.trace: deque[tuple[float, tuple[object, ...]]] = deque(maxlen=TRACE_LINES)
+        self.ticks = 0
+        self.terms = 0
+        self.ready_group_s = 0.0
+        self.peace = False
+        self.unwell_at = START  # when the coordinator was last not able to do its work
+        self._ready_since: dict[str, float] = {}
+        self._first_term = 1
+        self._restart_count = 0
+        self._crashes: list[float] = []
+        self._failed_at: float | None = None
+        self._ended = False  # no other `up` follows
+        self._requests = 0
+        self._up_over = False
+        self._trainer = self._new_trainer()
+        self._reader_epoch = (0, 0, 0)
+        self.cluster.on_step = self._on_step
+        self.cluster.on_change = self._on_change
+        self.cluster.on_launch = self._on_launch
+        self.cluster.on_engine_start = self._on_engine_start
+        self.cluster.note = self.note
+
+    def note(self, *words: object) -> None:
+        self.trace.append((self.time.now, words))
+
+    def _load_s(self, group: str, incarnation: int) -> float:
+        slow_s = self.slow_starts.pop(group, 0.0)
+        return slow_s + self.chance.between(*self.case.load_s, "load", group, incarnation)
+
+    # ------------------------------------------------------------------------------------------------ the cluster's hints
+
+    def _on_step(self, step: Step) -> None:
+        if self.coordinator is not None:
+            self.coordinator.on_step(step)
+
+    def _on_change(self, incarnation: Incarnation) -> None:
+        if self.coordinator is not None:
+            self.coordinator.probing.disturb(incarnation)
+        self.local.disturb(incarnation)
+
+    def _on_launch(self, step: Step) -> None:
+        self.note("srun", step.name, "by term", step.term)
+        self.checker.launched(step)
+
+    def _on_engine_start(self, engine: Engine) -> None:
+        self.checker.engine_starts(engine)
+
+    def disturb_all(self) -> None:
+        if self.coordinator is not None:
+            self.coordinator.probing.disturb_all()
+
+    def counts_progress(self, incarnation: Incarnation) -> bool:
+        return self.plan.pool(incarnation.plan.pool).probe.counter is not None
+
+    # ------------------------------------------------------------------------------------------------------ who looks on
+
+    def decided(self, before: RunState, obs: Observation, decision: Decision) -> None:
+        self.ticks += 1
+        self.checker.decided(before, obs, decision)
+
+    def committed(self, before: RunState, obs: Observation, decision: Decision) -> None:
+        for event in decision.events:
+            self.note("   ", event)
+        for action in decision.actions:
+            self.note("   ->", action)
+        self.checker.committed(before, obs, decision)
+
+    def wrote(self, coordinator: Coordinator, state: RunState) -> None:
+        self.checker.wrote(coordinator, state)
+        now = self.time.now
+        serving = {g for g, _ in state.serving}
+        for group in [g for g in self._ready_since if g not in serving]:
+            self.ready_group_s += now - self._ready_since.pop(group)
+        for group in serving:
+            self._ready_since.setdefault(group, now)
+        self.time.after(self.chance.between(0.05, 5.0, "poll", len(self.files.versions), now), self._poll)
+        if state.phase is PoolPhase.FAILED and self._failed_at is None:
+            self._failed_at = now
+            self.note("the fleet failed: the supervisor ends `up`")
+            self.time.after(TRAINER_AFTER_FAILURE_S, self._drain)
+
+    def acts(self, coordinator: Coordinator, action: Action, ports: tuple[str, ...] | None) -> None:
+        self.checker.acts(coordinator, action, ports)
+
+    def took_over(self, found: RunState, state: RunState, *, another_up: bool) -> None:
+        self.checker.took_over(found, state, another_up=another_up)
+
+    # ------------------------------------------------------------------------------------------------------ the supervisor
+
+    def start_coordinator(self) -> None:
+        if self.cluster.job_ending or self._ended:
+            return
+        self.terms += 1
+        term = Term(
+            job="1",
+            restart_count=self._restart_count,
+            number=self.terms,
+            first=self._first_term,
+            drain=self._failed_at is not None and self.time.now - self._failed_at >= TRAINER_AFTER_FAILURE_S,
+        )
+        self.note("coordinator of term", term.number)
+        self.unwell_at = self.time.now
+        made = Coordinator(self.plan, self.cluster, self.files, self.time, term, self, self._on_end)
+        self.coordinator = made
+        self.checker.opened(term.number)
+        made.start()
+
+    def _on_end(self, coordinator: Coordinator, how: str) -> None:
+        self.note("coordinator of term", coordinator.term.number, how)
+        if coordinator is not self.coordinator:
+            return
+        self.coordinator = None
+        self.unwell_at = self.time.now
+        if how == "killed":
+            now = self.time.now
+            self._crashes = [t for t in self._crashes if now - t < 60.0] + [now]
+            delay_s = 0.0 if len(self._crashes) == 1 else min(30.0, 0.5 * 2 ** (len(self._crashes) - 2))
+            self.time.after(delay_s + COORDINATOR_STARTS_S, self.start_coordinator)
+        elif how == "superseded":
+            raise Broken(4, "the newest coordinator lost its lease")
+        else:
+            self._up_ends(how)
+
+    def _up_ends(self, how: str) -> None:
+        """The run is drained, or `up` gave up waiting; what is left is killed."""
+        left = [s for s in self.cluster.steps if s.goes_on and not self.cluster.unreachable(s.key.node)]
+        if how == "drained" and any(s.term == self.checker.lease for s in left):
+            raise Broken(6, f"drained, and {left[0].name} lives")
+        for step in left:
+            self.cluster.slurm_kills(step)
+        self._up_over = True
+        if not self._ended and not self.cluster.job_ending:
+            self.time.after(NEXT_UP_S, self._next_up)
+
+    def _next_up(self) -> None:
+        """Another `up` in the same allocation."""
+        if self._up_over and not self._ended:
+            self._up_over = False
+            self._failed_at = None
+            self._first_term = self.terms + 1
+            self.start_coordinator()
+
+    def _drain(self) -> None:
+        if self._failed_at is not None and self.coordinator is not None:
+            self.coordinator.stop_signal = True
+            self.coordinator.poke(self.time.now)
+
+    def kill_coordinator(self) -> None:
+        if self.coordinator is not None:
+            dead = self.coordinator
+            dead.die()
+            self._on_end(dead, "killed")
+
+    def supersede(self, after_s: float, *, stalled: bool) -> None:
+        """Another `up` takes over while the old coordinator is stopped; then that one goes on."""
+        old = self.coordinator
+        if old is None or old.paused or self._up_over:
+            return
+        self.unwell_at = self.time.now
+        if stalled:
+            old.stall_s = after_s + 5.0
+        else:
+            old.pause(after_s + 5.0)
+        def take_over() -> None:
+            if self.coordinator is old and old.paused:
+                self.note("term", old.term.number, "is stopped, and another coordinator starts")
+                self._first_term = self.terms + 1
+                old.superseded = True
+                self.files.silence()
+                self._failed_at = None
+                self.start_coordinator()
+
+        self.time.after(after_s, take_over)
+
+    def end_job(self, *, requeue: bool) -> None:
+        """Slurm ends the job; perhaps it comes back, on nodes that are empty."""
+        if self.cluster.job_ending:
+            return
+        self.cluster.end_job()
+        if requeue:
+            self.time.after(90.0, self._requeue)
+
+    def _requeue(self) -> None:
+        if self.coordinator is not None:
+            self.coordinator.die()
+            self.coordinator = None
+        self.unwell_at = self.time.now
+        self._restart_count += 1
+        self._first_term = self.terms + 1
+        self._failed_at, self._up_over = None, False
+        self.cluster.empty()
+        self._trainer = self._new_trainer()
+        self._reader_epoch = (0, 0, 0)
+        self.start_coordinator()
+
+    def ask(self, verb: str, *groups: str, delay_s: float = 0.0) -> None:
+        self._requests += 1
+        made = fault_kinds.request(self._requests, verb, groups)
+        self.note("operator:", verb, *groups)
+        self.files.requests.append((self.time.now + delay_s, made))
+        if self.coordinator is not None:
+            self.time.after(delay_s + 0.2, self._wake)
+
+    def _wake(self) -> None:
+        if self.coordinator is not None:
+            self.coordinator.poke(self.time.now)
+
+    def see_files_soon(self) -> None:
+        self.files.delay_s = 0.5
+
+    # ---------------------------------------------------------------------------------------------------------- trainer
+
+    def _new_trainer(self) -> Barrier:
+        return Barrier(
+            self.files.run.barrier,
+            job="1",
+            restart_count=self._restart_count,
+            clock=lambda: self.time.now,
+            sleep=lambda s: None,
+            read=self.files.read,
+        )
+
+    def _poll(self) -> None:
+        """The trainer looks, and uses what it is offered."""
+        self._note_health()
+        now = self.time.now
+        try:
+            state = self._trainer.wait_ready(timeout=0.0)
+        except FleetFailed:
+            if all(v.document["phase"] not in ("failed", "stopped") for v in self.files.versions):
+                raise Broken(9, "a reader was told that the fleet failed, and no file ever said so") from None
+            return
+        except CoordinatorLost:
+            if now - self.unwell_at > 600.0 and self.files.delay_s < 1.0 and now > self.files.errors_until + 300.0:
+                raise Broken(9, "a reader was told that the coordinator is lost, and it is well") from None
+            return
+        except BarrierError:
+            return
+        stamp = (state.term, state.seq, state.epoch)
+        if stamp < self._reader_epoch or state.epoch < self._reader_epoch[2]:
+            raise Broken(4, f"a reader saw {self._reader_epoch}, and then {stamp}")
+        self._reader_epoch = stamp
+        self.checker.offered(state.groups, state.epoch, now - self.unwell_at, self.files.delay_s)
+
+    def _keep_polling(self) -> None:
+        self._poll()
+        self.time.after(self.chance.between(40.0, 100.0, "look", self.time.now), self._keep_polling)
+
+    def _note_health(self) -> None:
+        """Bring up to date when the coordinator was last not able to do its work."""
+        now, mine = self.time.now, self.coordinator
+        if mine is None or mine.paused or mine.state.suspect_self_since is not None:
+            self.unwell_at = now
+            return
+        bad_until = max(self.files.full_until, self.cluster.batch_host_cut_until)
+        self.unwell_at = max(self.unwell_at, mine.resumed_at, min(now, bad_until))
+
+    # ------------------------------------------------------------------------------------------------------------- phases
+
+    def play(self) -> None:
+        """Run the case; raises `Broken` where an invariant does not hold."""
+        case, time = self.case, self.time
+        for fault in case.faults:
+            time.at(fault.at, lambda f=fault: self._happen(f))  # type: ignore[misc]
+        self._keep_polling()
+        self.start_coordinator()
+        time.run(case.peace_at)
+        self._make_peace()
+        self._all_become_ready()
+        self._end()
+
+    def _happen(self, fault: Fault) -> None:
+        if not self.peace:
+            self.note("FAULT", fault)
+            self._note_health()
+            fault_kinds.KINDS[fault.kind].do(self, fault)
+
+    def _make_peace(self) -> None:
+        now = self.time.now
+        self.note("PEACE: no fault from now on")
+        self.peace = True
+        cluster = self.cluster
+        cluster.slurm_away_until = cluster.slurm_slow_until = cluster.cancels_lost_until = 0.0
+        cluster.refuses_launches_until = cluster.batch_host_cut_until = 0.0
+        self.files.full_until = self.files.errors_until = 0.0
+        self.slow_starts.clear()
+        for node in cluster.nodes.values():
+            if node.cut:
+                cluster.rejoin(node.name)
+            node.deaf_until = node.gpu_stuck_until = 0.0
+            node.strangers.clear()
+        for step in cluster.steps:
+            cluster.relink(step)
+        cluster.let_die()
+        if self.coordinator is not None:
+            self.coordinator.kill_at, self.coordinator.stall_s = None, 0.0
+        self.unwell_at = now
+
+    def _all_become_ready(self) -> None:
+        """10: within the bound that `plan` prints; what was drained or is failed, after it is asked to come back."""
+        time = self.time
+        time.run(time.now + 400.0, lambda: self._is_steady())
+        if self.cluster.job_ending and not self._ended:
+            time.run(time.now + 100.0)
+        if not self._is_steady():
+            raise Broken(11, "no coordinator came back, or the last one does not end")
+        assert self.coordinator is not None
+        began = time.now
+        deadline = began + self._patience_s()
+        asked: dict[str, int] = {}
+        while time.now < deadline and not self._all_ready():
+            time.run(min(time.now + 5.0, deadline))
+            if self.coordinator is None:
+                continue
+            if self.coordinator.state.ending:
+                raise Broken(9, "the run ends, and nobody asked for it")
+            down = [g.id for g in self.coordinator.state.groups if g.phase in (Phase.FAILED, Phase.STOPPED)]
+            # A second time: a failure of before the peace may be seen only now.
+            wanted = [g for g in down if not self._is_hopeless(g) and asked.get(g, 0) < 2]
+            if wanted:
+                self.ask("resume", *wanted)
+                asked.update({g: asked.get(g, 0) + 1 for g in wanted})
+                deadline = time.now + self._patience_s()
+        if not self._all_ready():
+            said = [(g.id, g.phase.value, g.message) for g in self.coordinator.state.groups] if self.coordinator else []
+            raise Broken(10, f"not ready {time.now - began:.0f} s after the last fault: {said}")
+
+    def _is_steady(self) -> bool:
+        mine = self.coordinator
+        return mine is not None and not mine.paused and not mine.state.ending and self._failed_at is None
+
+    def _patience_s(self) -> float:
+        return max(self._bound_s(p.name) for p in self.plan.pools)
+
+    def _bound_s(self, pool: str) -> float:
+        planned = self.plan.pool(pool)
+        bound = recovery_bound(self.plan, planned)
+        # A start that cannot succeed any more, because of a fault that was, is given up first.
+        doomed = any(
+            i.load_s > planned.probe.startup_timeout_s or any(e.frozen or e.half for e in i.engines.values())
+            for i in self.cluster.newest.values()
+            if i.worked_at is None
+        )
+        extra_s = bound.start_s + bound.verify_s if doomed else 0.0
+        return bound.total_s + bound.backoff_s + extra_s + PEACE_MARGIN_S
+
+    def _is_hopeless(self, group: str) -> bool:
+        return any(self.cluster.nodes[n].lost for n in self.plan.group(group).nodes)
+
+    def _all_ready(self) -> bool:
+        mine = self.coordinator
+        if mine is None:
+            return False
+        return all(g.phase is Phase.READY or self._is_hopeless(g.id) for g in mine.state.groups)
+
+    def _end(self) -> None:
+        """The run, or the job, ends: nothing is left, nothing is charged."""
+        assert self.coordinator is not None
+        self._ended = True
+        budgets = {g.id: {*g.runtime_failures, *g.start_failures} for g in self.coordinator.state.groups}
+        mine = self.coordinator
+        if self.case.job_ends:
+            self.note("the job ends")
+            self.cluster.end_job()
+        else:
+            mine.stop_signal = True
+            mine.poke(self.time.now)
+        self.time.run(self.time.now + 120.0, lambda: self.coordinator is None)
+        if self.coordinator is not None:
+            raise Broken(9, "the run does not end")
+        for g in mine.state.groups:
+            known = budgets[g.id]
+            if {*g.runtime_failures, *g.start_failures} - known:
+                raise Broken(8, f"{g.id} was charged for the end of the job")
+        for group, since in self._ready_since.items():
+            self.ready_group_s += self.time.now - since
+        self._ready_since.clear()
+
+
+def run(case: Case) -> Outcome:
+    """Play one case. What it broke is in the outcome; nothing is raised but by a bug of the simulation itself."""
+    outcome = Outcome(case=case)
+    folder = tempfile.mkdtemp(prefix="rollout-sim-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    fleet = Fleet(case, Path(folder))
+    try:
+        fleet.play()
+    except Broken as e:
+        outcome.broken, outcome.number = str(e), e.number
+    except IllegalTransition as e:
+        outcome.broken, outcome.number = f"illegal transition: {e}", 6
+    except (AssertionError, LookupError, TypeError, ValueError, RolloutError) as e:
+        # The code under test may fall over, too; where, the trace of a debugger tells best.
+        import traceback
+
+        outcome.broken, outcome.number = f"{type(e).__name__}: {e}\n{traceback.format_exc()}", 99
+    finally:
+        if fleet.coordinator is not None:
+            fleet.coordinator.die()
+        shutil.rmtree(folder, ignore_errors=True)
+    if outcome.broken:
+        outcome.trace = [_line(at, words) for at, words in fleet.trace]
+    outcome.hours = (fleet.time.now - START) / 3600.0
+    outcome.ticks, outcome.terms, outcome.faults = fleet.ticks, fleet.terms, len(case.faults)
+    outcome.recoveries, outcome.failures = fleet.checker.recoveries, fleet.checker.failures
+    outcome.ready_group_s = fleet.ready_group_s
+    return outcome
+
+
+def _line(at: float, words: Sequence[object]) -> str:
+    said = []
+    for word in words:
+        if isinstance(word, Event):
+            from dataclasses import asdict
+
+            said.append(event_line(asdict(word)))
+        else:
+            said.append(str(word))
+    return f"{at:10.3f}  " + " ".join(said)
