@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests wait most of their time; more of them at once than this only makes their processes late.
+WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -27,8 +29,8 @@ lint: $(STAMP) ## ruff, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(STAMP) lint ## everything: lint, unit tests, local backend, real Slurm where it is installed
-	$(BIN)/pytest $(PYTEST_ARGS)
+test: $(STAMP) lint ## everything: lint, unit tests, local backend, fake Slurm, and real Slurm where it is installed
+	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadgroup $(PYTEST_ARGS)
 
 dist: $(STAMP) ## wheel and sdist into dist/
 	$(BIN)/python -m build --outdir dist .

@@ -1018,7 +1018,7 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
         for probe in probes:
             probe.report()
         wake_at = min(look_at, list_at) if loading else list_at
-        inbox.wait((min(wake_at, snapshot.wake_at) if snapshot is not None else wake_at) - now)
+        inbox.wait((min(wake_at, snapshot.ends_at) if snapshot is not None else wake_at) - now)
 
 
 def await_same_signal(inbox: Inbox, status: int) -> None:
@@ -1284,8 +1284,8 @@ class Snapshot:
 
     def __init__(self, step: Step, engines: dict[int, Engine], inbox: Inbox) -> None:
         self._began = time.monotonic()
-        self._ends_at = self._began + step.snapshot_s
-        self._answers_until = self.wake_at = self._began + ANSWER_SHARE * step.snapshot_s
+        self.ends_at = self._began + step.snapshot_s
+        self._answers_until = self._began + ANSWER_SHARE * step.snapshot_s
         self._done = False
         self._written: list[int] = []
         self._troubles: list[str] = []
@@ -1308,19 +1308,16 @@ class Snapshot:
     def over(self, inbox: Inbox) -> bool:
         """Tell whether it is over, and report it then. Ends the children that did not answer in time."""
         now = time.monotonic()
-        over = self._done or now >= self._ends_at
         self._children -= inbox.exits.keys()
-        if over or now >= self._answers_until:
-            self.wake_at = self._ends_at
-            for child in self._children:
-                kill(-child)
-                kill(child)  # under load it may not have come to its setpgid yet
-        if over:
-            if not self._done:
-                self._troubles.append(f"not written within {self._ends_at - self._began:g} s")
-            took_s = round(now - self._began, 3)
-            reports.say("snapshot", ranks=self._written, took_s=took_s, notes=self._troubles)
-        return over
+        if not self._done:
+            if now < self.ends_at:
+                return False
+            self._troubles.append(f"not written within {self.ends_at - self._began:g} s")
+        for child in self._children:
+            kill(-child)
+            kill(child)  # under load it may not have come to its setpgid yet
+        reports.say("snapshot", ranks=self._written, took_s=round(now - self._began, 3), notes=self._troubles)
+        return True
 
     def _run(self) -> None:
         """Look twice, collect the answers, write: the body of the snapshot's thread."""

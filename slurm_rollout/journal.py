@@ -39,14 +39,13 @@ class Journal:
         """When the next heartbeat is due; while `blocked`, the next attempt."""
         self.blocked = False
         """The last attempt to write `state.json` or `barrier.json` failed: nothing may be started."""
-        # What the two say, as far as that is known. None: an attempt failed, or there was none yet.
-        self._journalled: RunState | None = None
-        self._shown: RunState | None = None
+        self._journalled: RunState | None = None  # what `state.json` says; None: not known
+        self._shown: RunState | None = None  # what `barrier.json` was last written of
         self._shown_epoch = 0  # of the newest barrier that readers may have seen
         self._untold: list[tuple[float, tuple[Event, ...]]] = []
         self._status_due = False
         self._tell_at = 0.0
-        self._complaints: set[str] = set()
+        self._complaints: dict[str, str] = {}  # what follows from it -> what cannot be written
 
     def note(self, events: Iterable[Event], wall: float) -> None:
         """Say events in the log, and have them written with what is written next."""
@@ -111,7 +110,7 @@ class Journal:
         visible = replace(state, groups=tuple(replace(g, steps=()) for g in state.groups))
         if visible == self._shown and now < self.due_at:
             return
-        self._shown, self._shown_epoch = None, state.epoch
+        self._shown_epoch = state.epoch
         self._seq += 1
         self._store.write_barrier(barrier_rules.barrier_document(self._plan, state, now=now, seq=self._seq, clients={}))
         self._shown = visible
@@ -130,7 +129,9 @@ class Journal:
             if not self.blocked:
                 self._complain(failed, "The run goes on; what happened is written down when that is possible")
         elif self._complaints and not self.blocked:
-            log.warning("%s can be written again", self._store.run.path)
+            # Where the log had no room either, this is all that is said of it.
+            what = "; ".join(dict.fromkeys(self._complaints.values()))
+            log.warning("%s can be written again; until now: %s", self._store.run.path, what)
             self._complaints.clear()
 
     def _write_events(self) -> None:
@@ -159,6 +160,5 @@ class Journal:
     def _complain(self, error: OSError, consequence: str) -> None:
         """Say once what cannot be written, until all can be."""
         if consequence not in self._complaints:
-            self._complaints.add(consequence)
-            what = f"{error.filename}: {error.strerror}"
+            what = self._complaints[consequence] = f"{error.filename}: {error.strerror}"
             log.error("%s. %s. Make room, or make it writable: then it goes on by itself", what, consequence)

@@ -165,11 +165,16 @@ class Supervisor:
         """
         if self._code is None or self._coordinator is None or self._told_term == self._term:
             return
-        if self._run.staging(self._term).is_dir():
-            self._told_term = self._term
-            # Not Popen's: that looks first whether it has ended, and then nobody else would hear of its end.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._coordinator.pid, signal.SIGTERM)
+        try:
+            self._run.staging(self._term).stat()
+        except FileNotFoundError:
+            return
+        except OSError:
+            pass  # it cannot be seen just now; too early a TERM costs a start, one that is never sent all grace
+        self._told_term = self._term
+        # Not Popen's: that looks first whether it has ended, and then nobody else would hear of its end.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._coordinator.pid, signal.SIGTERM)
 
     def _on_fleet_failed(self, now: float) -> None:
         """A dead fleet never leaves a trainer waiting: its barrier says so; here it gets time to end by itself."""

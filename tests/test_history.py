@@ -146,13 +146,16 @@ def test_start_failures_with_backoff_are_all_over_when_the_group_is_ready_again(
 def test_an_operators_restart_says_who_asked() -> None:
     events = [
         *started(10, 1),
-        asked(50, "restart", "actor/1: restarts", "bob@login2"),
         asked(51, "restart", "actor/0: restarts"),
+        asked(51, "restart", "actor/1: restarts", "bob@login2"),
         *stopped(51.3, 1, 0.3, "operator"),
         *started(51.5, 2),
+        of_run(60, "ending", "told to end", reason="run_ending"),
+        *stopped(60.1, 2, 0.1, "run_ending", fence=False),
     ]
     first, second = incarnations(events, G)
     found = end(first)
+    assert (end(second).message, end(second).by) == ("told to end", "")
     assert (found.at, found.reason, found.by) == (51.0, "operator", "ann@login1")
     assert found.message == "restart, asked by ann@login1"
     assert found.recovered_as == 2

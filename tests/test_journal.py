@@ -250,7 +250,7 @@ def test_it_is_said_once_that_something_cannot_be_written_and_once_that_it_can(
     assert said[0][1].startswith(f"the {file}: No space left on device. ")
     assert ("nothing is started" in said[0][1]) == (file in ("state", "barrier"))
     assert "Make room, or make it writable" in said[0][1]
-    assert said[1][1] == f"{desk.run.path} can be written again"
+    assert said[1][1] == f"{desk.run.path} can be written again; until now: the {file}: No space left on device"
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -8,8 +8,6 @@ import os
 import resource
 import socket
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from slurm_rollout import proc, store
 from slurm_rollout.cli import up
@@ -722,118 +719,17 @@ def test_a_request_that_is_withdrawn_or_is_no_file_disturbs_nobody(
     assert store.read_requests(ready) == found
 
 
-# ------------------------------------------------------------------------------------------------------- one at a time
+def test_requests_that_cannot_be_looked_at_now_wait(ready: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ask(ready, "x.json", {"id": "x", "verb": "stop"})
 
+    def stale(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(116, "Stale file handle")
 
-def test_a_run_directory_has_one_coordinator(run: RunDir) -> None:
-    plan = make_plan(1)
-    held = store.claim(run, plan, "12")
-    with pytest.raises(RunDirBusy) as e:
-        store.claim(run, replace(plan, name="other"), "13")
-    for part in (str(run.path), "'run'", f"pid {os.getpid()}", "Nothing was started", "stop --run-dir", "--run-dir"):
-        assert part in str(e.value)
-    held.release()
-    store.claim(run, plan, "12").release()
-    assert not run.path.exists()
-
-
-def test_a_run_directory_is_the_same_by_every_path_to_it(run: RunDir, tmp_path: Path) -> None:
-    run.path.mkdir(parents=True)
-    (tmp_path / "link").symlink_to(run.path)
-    held = store.claim(run, make_plan(1), "12")
-    with pytest.raises(RunDirBusy, match="is in use by"):
-        store.claim(RunDir(tmp_path / "link"), make_plan(1), "12")
-    held.release()
-
-
-def moved(plan: FleetPlan, port: int) -> FleetPlan:
-    """The same fleet with all ports elsewhere."""
-    (pool,) = plan.pools
-    groups = tuple(
-        replace(g, members=tuple(replace(m, ports={"http": port, "master": port + 1}) for m in g.members))
-        for g in pool.groups
-    )
-    return replace(plan, pools=(replace(pool, groups=groups),))
-
-
-def test_two_coordinators_of_one_host_share_no_port(run: RunDir) -> None:
-    plan, second = make_plan(2), RunDir(run.path.with_name("8"))
-    held = store.claim(run, plan, "12")
-    with pytest.raises(RunDirBusy, match=r"uses 6 of the same ports \(n0:18000, n0:18001, n1:18000 …\)") as e:
-        store.claim(second, replace(plan, name="other"), "13")
-    assert str(run.path) in str(e.value)
-    assert "Choose other nodes, or another [ports] base" in str(e.value)
-    other = store.claim(second, replace(moved(plan, 19000), name="other"), "13")
-    held.release()
-    # The refusal has left no claim behind, and the first one's end gives its ports back.
-    third = store.claim(RunDir(run.path.with_name("9")), replace(plan, name="third"), "13")
-    for claim in (other, third):
-        claim.release()
-
-
-def test_two_coordinators_of_one_job_have_different_names(run: RunDir) -> None:
-    plan, second = make_plan(1), RunDir(run.path.with_name("8"))
-    held = store.claim(run, plan, "12")
-    with pytest.raises(RunDirBusy, match="runs in this job under the same name"):
-        store.claim(second, moved(plan, 19000), "12")
-    store.claim(second, moved(plan, 19000), "13").release()
-    store.claim(second, replace(moved(plan, 19000), name="other"), "12").release()
-    held.release()
-    # Without Slurm there are no step names to confuse.
-    local = replace(plan, backend="local")
-    held = store.claim(run, local, "")
-    store.claim(second, moved(local, 19000), "").release()
-    held.release()
-
-
-def test_what_a_killed_coordinator_left_is_no_claim(run: RunDir) -> None:
-    code = f"""
-import os
-from slurm_rollout import store
-from slurm_rollout.rundir import RunDir
-from slurm_rollout.testing.world import make_plan
-store.claim(RunDir({str(run.path)!r}), make_plan(1), "12")
-os.kill(os.getpid(), 9)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    (note,) = (store.node_local_dir() / "locks").glob("*.json")
-    assert json.loads(note.read_text())["name"] == "run"
-    store.claim(RunDir(run.path.with_name("8")), make_plan(1), "12").release()
-    store.claim(run, make_plan(1), "12").release()
-
-
-def test_a_claim_that_waits_for_another_in_vain_says_so(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "CLAIM_TIMEOUT_S", 0.1)
-    locks = store.node_local_dir() / "locks"
-    locks.mkdir()
-    with FileLock(locks / ".order.lock"), pytest.raises(RunDirBusy, match=r"another `up`.*Try again"):
-        store.claim(run, make_plan(1), "12")
-
-
-@pytest.mark.parametrize("kind", ["file", "open to all", "link", "missing parent"])
-def test_a_node_local_directory_that_is_not_ours_alone_is_refused(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    base = Path(os.environ["ROLLOUT_TMPDIR"])
-    path = base / f"slurm-rollout-{os.getuid()}"
-    if kind == "file":
-        path.write_text("")
-    elif kind == "open to all":
-        path.mkdir()
-        path.chmod(0o755)
-    elif kind == "link":
-        (base / "elsewhere").mkdir(mode=0o700)
-        path.symlink_to(base / "elsewhere")
-    else:
-        monkeypatch.setenv("ROLLOUT_TMPDIR", str(base / "nowhere"))
-    with pytest.raises(StoreError, match="ROLLOUT_TMPDIR"):
-        store.claim(run, make_plan(1), "12")
-
-
-def test_locks_that_cannot_be_made_are_named(run: RunDir) -> None:
-    (store.node_local_dir() / "locks").write_text("")
-    with pytest.raises(StoreError, match=r"locks: File exists.*ROLLOUT_TMPDIR"):
-        store.claim(run, make_plan(1), "12")
+    for name in ("glob", "lstat"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, stale)
+            assert store.read_requests(ready) == []
+    assert store.read_requests(ready) == [(path, Request(id="x", verb="stop"))]
 
 
 # --------------------------------------------------------------------------------------------- lease, across hosts

@@ -273,8 +273,6 @@ def _last_lines(path: Path, rank: int, steps: list[Step], lines: int) -> list[st
     if not lines:
         return []
     told = next((list(s.last_lines) for s in steps if s.rank == rank), [])[-lines:]
-    if len(told) == lines:
-        return told
     found = _read(path, TAIL_BYTES).splitlines()[-lines:]
     return found if len(found) > len(told) else told
 

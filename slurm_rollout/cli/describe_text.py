@@ -262,7 +262,7 @@ def _looked_at(rank: int, node: str, snapshot: Mapping[str, Any]) -> tuple[str, 
     probe = _mapping(snapshot.get("local_probe"))
     notes = [_one_line(n) for n in _list(snapshot.get("notes"))]
     if probe.get("failures"):
-        notes.insert(0, f"local probe failed {probe['failures']} times: {_one_line(probe.get('error', ''))}")
+        notes.insert(0, f"local probe failed {probe['failures']}×: {_one_line(probe.get('error', ''))}")
     return (
         _who(rank, node),
         str(main.get("state") or "-"),

@@ -63,6 +63,7 @@ def run_up(args: argparse.Namespace) -> int:
         raise UsageError("no trainer after `--`: name its command, or leave the `--` out. Nothing was started")
     # Heavy ones only here: the other commands must stay light.
     from slurm_rollout import allocation, spec, store
+    from slurm_rollout.claim import claim
     from slurm_rollout.supervisor import Supervisor, Term, drain_bound_s, hold_signals
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
@@ -79,7 +80,7 @@ def run_up(args: argparse.Namespace) -> int:
         log.error("the trainer %s is not there, or no program. Nothing was started", trainer[0])
         return 126 if Path(trainer[0]).exists() else 127
     run = RunDir(Path(args.run_dir) if args.run_dir else default_run_dir())
-    held = store.claim(run, plan, where.job)
+    held = claim(run, plan, where.job)
     try:
         _check_lease(run, plan, where.job, where.restart_count)
         hold_signals()

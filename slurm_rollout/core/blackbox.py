@@ -123,15 +123,8 @@ def _silent_first(snapshots: Snapshots) -> dict[int, str]:
 
 
 def _by_process(snapshots: Snapshots, look: Callable[[Mapping[str, Any]], str]) -> dict[int, str]:
-    found = {}
-    for rank, snapshot in snapshots.items():
-        main = snapshot.get("pid")
-        for process in sorted(_processes(snapshot), key=lambda p: p.get("pid") != main):
-            why = look(process)
-            if why:
-                found[rank] = why
-                break
-    return found
+    found = {rank: next(filter(None, map(look, _processes(s))), "") for rank, s in snapshots.items()}
+    return {rank: why for rank, why in found.items() if why}
 
 
 def _processes(snapshot: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

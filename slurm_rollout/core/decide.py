@@ -183,6 +183,8 @@ def _most_time_out(run: RunState, contexts: dict[str, Context]) -> bool:
     alive = [contexts[g.id].seen for g in run.groups if g.phase in ALIVE]
     seen = [g for g in alive if all(s.exit is None and s.process is Process.RUNNING for s in g.steps)]
     late = [s for s in seen if any(e.failures and not e.refusals for e in s.endpoints)]
+    # One that said "no" is no witness either way: it may be out of reach since then.
+    seen = [s for s in seen if s in late or not any(e.refusals for e in s.endpoints)]
     return bool(late) and (2 * len(late) > len(seen) or run.suspect_self_since is not None)
 
 

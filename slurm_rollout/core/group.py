@@ -325,6 +325,7 @@ def _launch(ctx: Context, g: GroupState, out: Out) -> GroupState:
     )
     out.events.append(event(g, "launching", f"on {', '.join(nodes)}", nodes=list(nodes)))
     out.actions.append(Launch(group=g.id, incarnation=g.incarnation, nodes=nodes))
+    out.wake(ctx.obs.now + ctx.plan.slurm.launch_timeout_s)
     return g
 
 
@@ -353,6 +354,7 @@ def _starting(ctx: Context, g: GroupState, out: Out) -> GroupState:
         launched = g.marks.launched_at if g.marks.launched_at is not None else now
         out.events.append(event(g, "go", "every node is fenced", launch_s=round(now - launched, 3)))
         out.actions.append(Go(group=g.id, incarnation=g.incarnation, nodes=ctx.group.nodes))
+        out.wake(now + 1.0)
         return replace(g, go_sent_at=now, message="", marks=replace(g.marks, go_at=now))
     deaf = tuple(s.node for s in steps if s.started is None)
     if deaf and now >= g.go_sent_at + 1.0:

@@ -84,6 +84,7 @@ class Step:
         self.srun_lives = True
         self.srun_linked = True  # False: nothing that the agent says arrives any more
         self.code: int | None = None
+        self.ended_at: float | None = None  # of srun
         self.stderr = ""
         self.agent = "none"  # none, fencing, fenced, serving, ending, dead
         self.listed = False
@@ -160,7 +161,7 @@ class Cluster:
         self._groups = {g.id: g for g in plan.groups}
         self._pools = {g.id: p for p in plan.pools for g in p.groups}
 
-    # --------------------------------------------------------------------------------------------------------- launch
+    # ----------------------------------------------------------------------------------------------------------- launch
 
     def launch(self, key: Key, term: int) -> Step:
         """Start one srun."""
@@ -277,7 +278,7 @@ class Cluster:
             return True
         return any(e.listens and port == e.member.ports["http"] for e in node.engines)
 
-    # -------------------------------------------------------------------------------------------------------- signals
+    # ---------------------------------------------------------------------------------------------------------- signals
 
     def hears(self, step: Step) -> bool:
         node = self.nodes[step.key.node]
@@ -321,7 +322,7 @@ class Cluster:
         elif step.agent != "dead":
             self._agent_ends(step, "stopped", "as asked")
 
-    # ------------------------------------------------------------------------------------------------------- how it ends
+    # ------------------------------------------------------------------------------------------------------ how it ends
 
     def kill(self, engine: Engine) -> None:
         """SIGKILL: it is gone in a moment, unless it hangs in the kernel."""
@@ -394,7 +395,7 @@ class Cluster:
 
     def _srun_ends(self, step: Step, code: int, words: str) -> None:
         if step.srun_lives:
-            step.srun_lives = False
+            step.srun_lives, step.ended_at = False, self.time.now
             step.code, step.stderr = code, words
             step.incarnation.hurt("srun", self.time.now)
             self.note("srun of", step.name, "ends with", code, words)
@@ -443,7 +444,7 @@ class Cluster:
         step.unsent.clear()
         self.on_step(step)
 
-    # ------------------------------------------------------------------------------------------------------- health
+    # ----------------------------------------------------------------------------------------------------------- health
 
     def changed(self, incarnation: Incarnation) -> None:
         """Bring up to date whether the incarnation serves: with one member gone or hung, none of them does."""
@@ -539,6 +540,10 @@ class Cluster:
             step = Step(key, "", 0, 0, Incarnation(group, key.incarnation, 0.0), self.time.now)
             step.srun_lives = False
         return step
+
+    def exits(self) -> dict[tuple[int, int], int]:
+        """Return what the supervisor reaped: (pid, start time) to exit code."""
+        return {(s.pid, s.pid): s.code for s in self.steps if s.code is not None}
 
     def _forget(self) -> None:
         self.steps = [s for s in self.steps if s.listed or s.srun_lives or s.lives]

@@ -1,22 +1,20 @@
 """`coordinator.Coordinator` on virtual time: observe, decide, write, act, in the same order, around the same rules.
 
-What is real: `decide`, the barrier's rules, the journal's round trip through JSON, `store.load_state`, the store's lease,
-`steps.Steps` (what is kept of a step, what a report means), `health.fold`. What is made up: processes, HTTP, time.
+What is real: `decide`, the barrier's rules, the journal's round trip through JSON, `store.load_state`, the store's
+lease, `steps.Steps` (what is kept of a step, what a report means), `health.fold`. Made up: processes, HTTP, time.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from slurm_rollout import proc
 from slurm_rollout.backend import StepRef
 from slurm_rollout.coordinator import FAST_S, QUERY_PAUSE_S, SLOW_S
-from slurm_rollout.core import barrier_rules
+from slurm_rollout.core import codec
 from slurm_rollout.core.decide import decide, is_over
 from slurm_rollout.core.model import (
     Action,
@@ -39,6 +37,7 @@ from slurm_rollout.core.model import (
 from slurm_rollout.core.phases import ALIVE, Phase
 from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import LeaseLost
+from slurm_rollout.journal import Journal
 from slurm_rollout.probes import Key as ProbeKey
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.simulation.clock import WALL, Timeline
@@ -52,8 +51,8 @@ from slurm_rollout.supervisor import DRAIN_MARGIN_S
 CHANGING = frozenset({Phase.STARTING, Phase.STOPPING, Phase.DRAINING, Phase.FENCING})
 PORT_TIMEOUT_S = 1.0
 
-POINTS = ("events", "state", "barrier", "heeded", "act", "acted")
-"""Where a coordinator can be killed in a tick: before the events, the state, the barrier are written; before requests
+POINTS = ("state", "barrier", "events", "heeded", "act", "acted")
+"""Where a coordinator can be killed in a tick: before the state, the barrier, the events are written; before requests
 are taken away, before each action, and after all."""
 
 
@@ -66,7 +65,7 @@ class Watch(Protocol):
 
     def decided(self, before: RunState, obs: Observation, decision: Decision) -> None: ...
     def committed(self, before: RunState, obs: Observation, decision: Decision) -> None: ...
-    def wrote(self, coordinator: Coordinator, state: RunState) -> None: ...
+    def opened(self, term: int) -> None: ...
     def acts(self, coordinator: Coordinator, action: Action, group_ports: tuple[str, ...] | None) -> None: ...
     def took_over(self, found: RunState, state: RunState, *, another_up: bool) -> None: ...
 
@@ -100,7 +99,7 @@ class SimSteps(Steps):
             self._take(step, self._cluster.launch(key, self._term))
             self._seen.pop((key.group, key.incarnation), None)
 
-    def adopt(self, state: RunState, exits: object = None) -> None:
+    def adopt(self, state: RunState, exits: Mapping[tuple[int, int], int]) -> None:
         """As `Steps.adopt`: sruns that live are found by mark, of the others only the journal is known."""
         living = {s.key: s for s in self._cluster.steps if s.srun_lives}
         gone = {s.key: s for s in self._cluster.steps if not s.srun_lives}
@@ -115,6 +114,7 @@ class SimSteps(Steps):
                 step.exited_at = self._time.now
                 if known.pid is not None:
                     step.process, step.pid, step.pid_started = Process.EXITED, known.pid, known.pid_started
+                    step.exit_code = exits.get((known.pid, known.pid_started))
                 self._truth[key] = gone.get(key) or self._cluster.past(key)  # its reports can still be read
                 self._look(step)
 
@@ -205,15 +205,15 @@ class Coordinator:
         self.kill_at: tuple[str, int] | None = None  # point, and how many times it is passed before
         self.stall_s = 0.0  # stopped for so long between its next journal entry and the action
         self.stop_signal = term.drain
-        self.cannot_write = False
         self.late_deeds = False  # it does what it wrote down before it was stopped
         self._cluster = cluster
         self._files = files
         self._time = time
         self._watch = watch
         self._over = over
-        self._store = SimStore(files, term.number, plan.heartbeat_s)
+        self._store = SimStore(files, term.number, plan.heartbeat_s, self._pass)
         found = self._load()
+        self.journal = Journal(plan, self._store)
         self.state = found
         self.steps = SimSteps(plan, files.run, found.run_id, cluster, time, term.number)
         self.probing = Probing(plan, cluster, time, self._probed)
@@ -222,9 +222,9 @@ class Coordinator:
         self._under_way: set[str] = set()
         self._listing: Listing | None = None
         self._listing_failed_at: float | None = None
-        self._job, self._job_asked_at = Job.UNKNOWN, None
-        self._seq = files.seq()
-        self._visible: RunState | None = None
+        self._job = Job.UNKNOWN
+        self._job_asked_at: float | None = None
+        self._heeded: set[str] = set()
         self._audit_at = time.now + plan.audit_s
         self._due: float | None = None
         self._degraded_at = found.started_at + plan.degraded_timeout_s
@@ -232,8 +232,8 @@ class Coordinator:
     def _load(self) -> RunState:
         run, term = self._files.run, self.term
         if self._files.state is not None:
-            text = '{"boot_id": %s, "state": %s}' % (json.dumps(proc.boot_id()), self._files.journal())
-            run.state.write_text(text, encoding="utf-8")
+            journal = {"boot_id": proc.boot_id(), "state": codec.encode(self._files.state)}
+            run.state.write_text(json.dumps(journal), encoding="utf-8")
         state = load_state(
             run,
             self.plan,
@@ -243,19 +243,29 @@ class Coordinator:
             first_term=term.first,
             now=self._time.now,
         )
+        if self._files.intent is not None:
+            # Its writer was killed once `state.json` held it: it is so.
+            intent, self._files.intent = self._files.intent, None
+            if self._files.state is intent[2].state:
+                self._watch.committed(*intent)
         if self._files.state is not None:
             self._watch.took_over(self._files.state, state, another_up=term.number == term.first)
         return state
 
     def start(self) -> None:
-        """Take the lease, adopt what runs, and begin."""
+        """Take the lease, adopt what runs, and begin.
+
+        Raises:
+            OSError: the term cannot be begun now.
+        """
         self._store.open()
-        self.steps.adopt(self.state, {})
+        self._watch.opened(self.term.number)
+        self.steps.adopt(self.state, self._cluster.exits())
         first = self.term.number == self.term.first
-        self._store.add_events([Event(type="up" if first else "takeover", message="")], WALL + self._time.now)
+        self.journal.note([Event(type="up" if first else "takeover")], WALL + self._time.now)
         self.poke(self._time.now)
 
-    # ------------------------------------------------------------------------------------------------------ wake-ups
+    # --------------------------------------------------------------------------------------------------------- wake-ups
 
     def poke(self, at: float) -> None:
         """Have a tick at this moment at the latest."""
@@ -279,7 +289,7 @@ class Coordinator:
     def _probed(self) -> None:
         self.poke(self._time.now + 0.001)
 
-    # ---------------------------------------------------------------------------------------------------- life, death
+    # ------------------------------------------------------------------------------------------------------ life, death
 
     def die(self) -> None:
         """SIGKILL."""
@@ -305,7 +315,6 @@ class Coordinator:
             return
         self.paused = False
         self.resumed_at = self._time.now
-        self._visible = None  # a heartbeat is overdue
         self.probing.resume()
         self.poke(self._time.now)
 
@@ -315,7 +324,7 @@ class Coordinator:
                 raise Killed(point)
             self.kill_at = point, self.kill_at[1] - 1
 
-    # --------------------------------------------------------------------------------------------------------- a tick
+    # ----------------------------------------------------------------------------------------------------------- a tick
 
     def tick(self) -> None:
         if not self.alive or self.paused:
@@ -332,17 +341,27 @@ class Coordinator:
 
     def _tick(self) -> None:
         self.steps.read()
-        requests = self._files.waiting()
+        requests = [r for r in self._files.waiting() if r.id not in self._heeded]
         obs = self._observe(requests)
         before = self.state
         decision = decide(self.plan, before, obs)
         self._watch.decided(before, obs, decision)
-        if not self._commit(decision, obs):
-            self.poke(obs.now + QUERY_PAUSE_S)
+        if self.journal.is_due(decision, obs.now):
+            self._files.intent = before, obs, decision
+            self.state = self.journal.write(before, decision, obs, None)
+            if self.journal.blocked:
+                self._files.silence()
+        else:
+            self.state = decision.state
+        self._files.intent = None
+        if self.state is not decision.state:
+            self.poke(self.journal.due_at + 0.001)
             return
-        self.state = decision.state
+        self._watch.committed(before, obs, decision)
+        self._heeded.update(r.id for r in requests)
         self._pass("heeded")
-        self._files.heeded(requests)
+        if not self.journal.blocked:
+            self._files.heeded(self._heeded)
         if self.stall_s and decision.actions:
             stall_s, self.stall_s = self.stall_s, 0.0
             self.pause(stall_s)
@@ -376,23 +395,25 @@ class Coordinator:
         elif self.state.ending and self._time.now - self.state.ending_at > self._drain_bound_s():
             self._end("gave up")
         else:
-            self._sleep(decision)
+            self._sleep(decision, changed=decision.state != before)
 
     def _end(self, how: str) -> None:
+        self.journal.write_last_words(self.state, self._time.now)
         self.die()
         self._over(self, how)
 
     def _drain_bound_s(self) -> float:
         return max(p.stop.grace_s + p.stop.cancel_after_s for p in self.plan.pools) + DRAIN_MARGIN_S
 
-    def _sleep(self, decision: Decision) -> None:
+    def _sleep(self, decision: Decision, *, changed: bool) -> None:
+        """The real loop decides every `SLOW_S`; where nothing changed it would decide the same again."""
         now = self._time.now
-        dues = [self._audit_at]
+        dues = [now + SLOW_S if changed else self._audit_at]
         if decision.wake_at is not None:
             dues.append(max(decision.wake_at, now + 0.001))
         if self._degraded_at > now:
             dues.append(self._degraded_at)
-        if self.state.ending:
+        if self.state.ending or self.journal.blocked:
             dues.append(now + 1.0)
         self.poke(min(dues))
 
@@ -424,38 +445,6 @@ class Coordinator:
             requests=tuple(requests),
             stop_signal=self.stop_signal,
         )
-
-    def _commit(self, decision: Decision, obs: Observation) -> bool:
-        """As `Coordinator._commit` and `_write`."""
-        changed = decision.state != self.state
-        if not (changed or decision.events or self._visible is None):
-            return True
-        try:
-            if obs.now < self._files.full_until:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._pass("events")
-            self._store.add_events(decision.events, obs.wall)
-            if changed:
-                self._pass("state")
-                self._store.write_state(decision.state)
-            self._watch.committed(self.state, obs, decision)
-            visible = replace(decision.state, groups=tuple(replace(g, steps=()) for g in decision.state.groups))
-            if visible != self._visible:
-                self._pass("barrier")
-                self._seq = max(self._seq, self._files.seq()) + 1
-                document = barrier_rules.barrier_document(
-                    self.plan, decision.state, now=obs.now, seq=self._seq, clients={}
-                )
-                self._store.write_barrier(document)
-                self._visible = visible
-                self._watch.wrote(self, decision.state)
-        except OSError:
-            self.cannot_write = True
-            self._files.silence()
-            self._visible = None
-            return bool(decision.state.ending)
-        self.cannot_write = False
-        return True
 
     def _act(self, action: Action) -> None:
         check = self._ports.get(action.group)
@@ -491,7 +480,7 @@ class Coordinator:
                         targets[ProbeKey(g.id, g.incarnation, rank)] = "startup"
         return targets
 
-    # ---------------------------------------------------------------------------------------------------- finding out
+    # ------------------------------------------------------------------------------------------------------ finding out
 
     def _find_out(self, decision: Decision, obs: Observation) -> None:
         for group_id in decision.wants.ports:
@@ -513,7 +502,7 @@ class Coordinator:
             self._asked[name] = now
             question()
         else:
-            self.poke(asked + QUERY_PAUSE_S)
+            self.poke(asked + QUERY_PAUSE_S + 0.001)
 
     def _begin(self, name: str, delay_s: float, done: Callable[[], None]) -> None:
         if name in self._under_way:

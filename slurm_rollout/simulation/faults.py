@@ -30,7 +30,9 @@ class Fault:
     for_s: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.at:10.3f}  {self.kind:<22} where {self.where:.3f}  which {self.which:.3f}  for {self.for_s:.1f} s"
+        return (
+            f"{self.at:10.3f}  {self.kind:<22} where {self.where:.3f}  which {self.which:.3f}  for {self.for_s:.1f} s"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,12 @@ def kind(weight: float, least_s: float = 0.0, most_s: float = 0.0) -> Callable[.
     return register
 
 
-def schedule(rng: random.Random, begins_at: float, hours: float, per_hour: float, kinds: dict[str, float]) -> list[Fault]:
+def schedule(
+    rng: random.Random, begins_at: float, hours: float, per_hour: float, kinds: dict[str, float]
+) -> list[Fault]:
     """Draw faults as they come: singly, and in bursts that hit a recovery in its middle."""
     names, weights = list(kinds), list(kinds.values())
-    found = []
+    found: list[Fault] = []
     at = begins_at
     while True:
         at += rng.expovariate(per_hour / 3600.0) if rng.random() < 0.6 else rng.uniform(0.0, 20.0)
@@ -73,7 +77,7 @@ def every_kind() -> dict[str, float]:
     return {name: k.weight for name, k in KINDS.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------- victims
+# -------------------------------------------------------------------------------------------------------------- victims
 
 
 def group_of(fleet: Fleet, fault: Fault) -> str:
@@ -102,7 +106,7 @@ def step_of(fleet: Fleet, fault: Fault) -> Step | None:
     return steps[int(fault.which * len(steps))] if steps else None
 
 
-# ------------------------------------------------------------------------------------------------------------- engines
+# -------------------------------------------------------------------------------------------------------------- engines
 
 
 @kind(8)
@@ -186,7 +190,7 @@ def all_engines_hang(fleet: Fleet, fault: Fault) -> None:
         fleet.cluster.changed(found)
 
 
-# --------------------------------------------------------------------------------------------------- steps, sruns, nodes
+# -------------------------------------------------------------------------------------------------- steps, sruns, nodes
 
 
 @kind(2)
@@ -259,7 +263,7 @@ def stranger_takes_a_port(fleet: Fleet, fault: Fault) -> None:
     node.strangers[member.ports["http"]] = fleet.time.now + fault.for_s
 
 
-# -------------------------------------------------------------------------------------------------------------- Slurm
+# ---------------------------------------------------------------------------------------------------------------- Slurm
 
 
 @kind(3, 10, 900)
@@ -282,7 +286,7 @@ def launches_are_refused(fleet: Fleet, fault: Fault) -> None:
     fleet.cluster.refuses_launches_until = fleet.time.now + fault.for_s
 
 
-# --------------------------------------------------------------------------------------------------------- coordinator
+# ---------------------------------------------------------------------------------------------------------- coordinator
 
 
 @kind(4)
@@ -339,7 +343,7 @@ def files_are_stale(fleet: Fleet, fault: Fault) -> None:
     fleet.files.errors_until = fleet.time.now + fault.for_s
 
 
-# -------------------------------------------------------------------------------------------------------------- people
+# --------------------------------------------------------------------------------------------------------------- people
 
 
 @kind(3)

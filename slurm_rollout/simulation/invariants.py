@@ -25,7 +25,7 @@ from slurm_rollout.core.model import (
 from slurm_rollout.core.phases import ALIVE, Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import FleetPlan, PoolPlan
 from slurm_rollout.simulation.clock import Timeline
-from slurm_rollout.simulation.cluster import Cluster, Engine, Incarnation, Step
+from slurm_rollout.simulation.cluster import Cluster, Engine, Step
 
 if TYPE_CHECKING:
     from slurm_rollout.simulation.coordinator import Coordinator
@@ -100,10 +100,13 @@ class Checker:
             for engine in node.engines:
                 older = engine.incarnation.plan.id == key.group and engine.incarnation.number < key.incarnation
                 looked_at = now - MARGIN_S
-                if older and engine.listens and not self._is_away(node.name) and node.back_at < looked_at:
-                    if self.cluster.batch_host_cut_until < looked_at:
-                        raise Broken(2, f"{step.name} is launched while a port of incarnation "
-                                        f"{engine.incarnation.number} still accepts connections on {node.name}")
+                seen = not self._is_away(node.name) and looked_at > max(node.back_at, self.cluster.batch_host_cut_until)
+                if older and engine.listens and seen:
+                    raise Broken(
+                        2,
+                        f"{step.name} is launched while a port of incarnation {engine.incarnation.number} still "
+                        f"accepts connections on {node.name}",
+                    )
 
     def engine_starts(self, engine: Engine) -> None:
         """1 and 2: only one incarnation has engines, and they start after every node was fenced."""
@@ -116,13 +119,15 @@ class Checker:
                 continue
             for other in node.engines:
                 if other.incarnation is not mine and other.incarnation.plan.id == mine.plan.id:
-                    raise Broken(1, f"{mine.id} starts, and incarnation {other.incarnation.number} lives on {node.name}")
+                    raise Broken(
+                        1, f"{mine.id} starts, and incarnation {other.incarnation.number} lives on {node.name}"
+                    )
 
     def _is_away(self, name: str) -> bool:
         node = self.cluster.nodes[name]
         return node.cut or node.lost
 
-    # ---------------------------------------------------------------------------------------------------- the decision's
+    # --------------------------------------------------------------------------------------------------- the decision's
 
     def decided(self, before: RunState, obs: Observation, decision: Decision) -> None:
         after = decision.state
@@ -133,8 +138,12 @@ class Checker:
         if decision.wake_at is not None and decision.wake_at < obs.now:  # a rounding error is no spin
             raise Broken(10, f"asks to be woken at {decision.wake_at:.3f}, and it is {obs.now:.3f}")
         for action in decision.actions:
-            if isinstance(action, Launch) and before.ending:
-                raise Broken(8, f"{action.group} is launched while the run ends")
+            if isinstance(action, Launch):
+                if before.ending:
+                    raise Broken(8, f"{action.group} is launched while the run ends")
+                seen = obs.group(action.group)
+                if seen is None or seen.ports_open is None:
+                    raise Broken(7, f"{action.group} is launched, and nobody looked at its ports")
 
     def committed(self, before: RunState, obs: Observation, decision: Decision) -> None:
         """It is written down, so it is so."""
@@ -189,10 +198,10 @@ class Checker:
                 self._may_launch(new, ledger, policy)
             elif event.type == "failed":
                 ledger.pending = None
-            elif event.type == "ready" and new.marks.ready_at is not None and new.marks.seen_at is not None:
-                if old.phase is Phase.STARTING:
-                    took_s = new.marks.ready_at - new.marks.seen_at
-                    self.recoveries.append((self._policies[new.id].name, took_s, new.failure.reason if new.failure else ""))
+            elif event.type == "ready" and old.phase is Phase.STARTING and new.marks.seen_at is not None:
+                took_s = now - new.marks.seen_at
+                why = new.failure.reason if new.failure is not None else ""
+                self.recoveries.append((self._policies[new.id].name, took_s, why))
         if new.reason is Reason.OPERATOR and old.phase is not new.phase:
             ledger.pending = None
         if old.phase is Phase.STOPPING and new.phase is Phase.DRAINING:
@@ -223,7 +232,7 @@ class Checker:
             recent = [t for t in times if now - t < policy.window_s]
             if len(recent) > limit:
                 raise Broken(8, f"{g.id} is launched after {len(recent)} {kind}, {limit} are allowed")
-        if self.cluster.job_ending:
+        if self.cluster.job_ending and not any(s.srun_lives and s.key.group != g.id for s in self.cluster.steps):
             ended_at = self.cluster.job_ended_at
             if now - ended_at > MARGIN_S and g.marks.seen_at is not None and g.marks.seen_at >= ended_at:
                 raise Broken(8, f"{g.id} is launched although the job ends")
@@ -232,7 +241,13 @@ class Checker:
         """0: an engine that was well may not be ended by a verdict of ours."""
         reason = Reason(event.reason)
         truth = self.cluster.incarnations.get((old.id, old.incarnation))
-        if truth is None or old.phase not in ALIVE:
+        if truth is None:
+            return
+        could_hear = self.time.now - max(n.deaf_until for n in self.cluster.nodes.values()) > MARGIN_S
+        waiting = not truth.engines and all(s.was_fenced for s in truth.steps.values())
+        if reason is Reason.START_TIMEOUT and waiting and could_hear:
+            raise Broken(10, f"{old.id} incarnation {old.incarnation}: nobody told its agents to go")
+        if old.phase not in ALIVE:
             return
         probe = self._policies[old.id].probe
         span_s = self._bounds[self._policies[old.id].name].detect_s + probe.liveness_timeout_s + MARGIN_S
@@ -246,18 +261,17 @@ class Checker:
         elif not truth.hurt_at or (truth.works and self.time.now - hurt > 3600.0):
             raise Broken(0, f"{old.id} incarnation {old.incarnation} was well, and is restarted: {event.message}")
 
-    # ------------------------------------------------------------------------------------------------------- the writer's
+    # ----------------------------------------------------------------------------------------------------- the writer's
 
     def opened(self, term: int) -> None:
         if term <= self.lease:
             raise Broken(4, f"term {term} opens after term {self.lease}")
         self.lease = term
 
-    def wrote(self, coordinator: Coordinator, state: RunState) -> None:
+    def wrote(self, document: dict[str, Any]) -> None:
         """3, 4 and 9: what the file says is proved, and numbers only grow."""
-        document = self.files.newest()
-        if coordinator.term.number != self.lease:
-            raise Broken(4, f"term {coordinator.term.number} writes, and term {self.lease} has taken over")
+        if document["term"] != self.lease:
+            raise Broken(4, f"term {document['term']} writes, and term {self.lease} has taken over")
         epoch, serving = int(document["epoch"]), []
         for group in document["groups"]:
             if not group["urls"] and not group["serving"]:
@@ -271,9 +285,11 @@ class Checker:
             raise Broken(4, f"epoch {epoch} stood for {known}, and now for {serving}")
         self.epoch = epoch
         for pool in self.plan.pools:
-            possible = sum(state.group(g.id).phase is not Phase.FAILED for g in pool.groups)
-            if possible < pool.min_ready and state.phase is not PoolPhase.FAILED:
-                raise Broken(9, f"{pool.name} cannot come back, and the barrier says {state.phase}")
+            possible = sum(
+                g["phase"] != Phase.FAILED for g in document["groups"] if g["id"].startswith(pool.name + "/")
+            )
+            if possible < pool.min_ready and document["phase"] != PoolPhase.FAILED:
+                raise Broken(9, f"{pool.name} cannot come back, and the barrier says {document['phase']}")
 
     def _is_proved(self, group: dict[str, Any]) -> None:
         truth = self.cluster.incarnations.get((group["id"], group["incarnation"]))
@@ -283,14 +299,14 @@ class Checker:
 
     def acts(self, coordinator: Coordinator, action: Action, ports: tuple[str, ...] | None) -> None:
         """3 and 7: URLs leave the file first; nothing starts that could not be written down."""
-        if isinstance(action, Launch) and coordinator.cannot_write:
+        if isinstance(action, Launch) and coordinator.journal.blocked:
             raise Broken(7, f"{action.group} is launched, and the barrier cannot be written")
         if isinstance(action, Go):
             return
         stale = coordinator.term.number != self.lease
         if stale and not coordinator.late_deeds:
             raise Broken(4, f"term {coordinator.term.number} acts, and term {self.lease} has taken over")
-        if stale or coordinator.cannot_write or isinstance(action, Launch) and action.sweep:
+        if stale or coordinator.journal.blocked or (isinstance(action, Launch) and action.sweep):
             return
         if isinstance(action, Stop | Cancel | Launch):
             for group in self.files.newest().get("groups", ()):
@@ -310,7 +326,7 @@ class Checker:
             elif (after.runtime_failures, after.start_failures) != (g.runtime_failures, g.start_failures):
                 raise Broken(8, f"takeover: {g.id} has another budget than before")
 
-    # -------------------------------------------------------------------------------------------------------- the reader's
+    # ----------------------------------------------------------------------------------------------------- the reader's
 
     def offered(self, groups: tuple[Any, ...], epoch: int, well_s: float, delay_s: float) -> None:
         """3, from the trainer's side: what it is offered was proved, and is not long dead."""
@@ -327,8 +343,12 @@ class Checker:
                 continue
             bound = self._bounds[self._policies[group.id].name]
             limit_s = bound.detect_s + self._policies[group.id].probe.liveness_timeout_s + delay_s + MARGIN_S
+            ends = [s.ended_at for s in truth.steps.values() if s.ended_at is not None]
+            if ends and self.time.now - min(ends) > bound.crash_detect_s + delay_s + MARGIN_S < well_s:
+                raise Broken(3, f"{group.id} incarnation {group.incarnation} is offered, and its srun has ended")
             if min(well_s, self.time.now - truth.changed_at) > limit_s:
                 raise Broken(
-                    3, f"{group.id} incarnation {group.incarnation} is offered, and is dead for "
-                    f"{self.time.now - truth.changed_at:.0f} s"
+                    3,
+                    f"{group.id} incarnation {group.incarnation} is offered, and is dead for "
+                    f"{self.time.now - truth.changed_at:.0f} s",
                 )

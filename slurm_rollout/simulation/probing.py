@@ -97,7 +97,7 @@ class Probing:
         for key in list(self._modes):
             self._drop(key)
 
-    # --------------------------------------------------------------------------------------------------------- turns
+    # ------------------------------------------------------------------------------------------------------------ turns
 
     def _plan_turn(self, key: Key, at: float, do: Callable[[], None]) -> None:
         self._idle.discard(key)
@@ -125,9 +125,7 @@ class Probing:
             incarnation.proved.add(key.rank)
         self._learn(key, _result("readiness", answer, now, now))
         if not ok:
-            self._plan_turn(
-                key, now + pause_s, lambda: self._is_ready(key, min(2 * pause_s, policy.startup_period_s))
-            )
+            self._plan_turn(key, now + pause_s, lambda: self._is_ready(key, min(2 * pause_s, policy.startup_period_s)))
 
     def _plan_liveness(self, key: Key, earliest: float) -> None:
         period_s = self._policies[key.group].liveness_period_s
@@ -183,9 +181,7 @@ class Probing:
             self._wake()
 
 
-def _result(
-    kind: str, answer: Answer, started_at: float, ended_at: float, **looks: float | None
-) -> ProbeResult:
+def _result(kind: str, answer: Answer, started_at: float, ended_at: float, **looks: float | None) -> ProbeResult:
     made = ProbeResult(
         kind="readiness" if kind == "readiness" else "liveness",
         ok=answer == "ok",
@@ -237,7 +233,9 @@ class LocalProbing:
         else:
             self._count(incarnation, rank, who, asked_at, step)
 
-    def _count(self, incarnation: Incarnation, rank: int, who: tuple[str, int, int], asked_at: float, step: Step) -> None:
+    def _count(
+        self, incarnation: Incarnation, rank: int, who: tuple[str, int, int], asked_at: float, step: Step
+    ) -> None:
         if step.agent != "serving":
             self._busy.discard(who)
             self._failures.pop(who, None)

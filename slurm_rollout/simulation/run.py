@@ -6,15 +6,15 @@ import random
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from slurm_rollout.barrier import Barrier, BarrierError, CoordinatorLost, FleetFailed
 from slurm_rollout.core.bounds import recovery_bound
-from slurm_rollout.core.model import Event, Observation, RunState
-from slurm_rollout.core.model import Action, Decision
-from slurm_rollout.core.phases import ALIVE, IllegalTransition, Phase, PoolPhase
+from slurm_rollout.core.model import Action, Decision, Event, Observation, RunState
+from slurm_rollout.core.phases import IllegalTransition, Phase, PoolPhase
 from slurm_rollout.core.plan import (
     Counter,
     FencePolicy,
@@ -42,6 +42,7 @@ TRAINER_AFTER_FAILURE_S = 60.0
 NEXT_UP_S = 30.0
 PEACE_MARGIN_S = 20.0
 TRACE_LINES = 3000
+SPIN = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,7 @@ class Fleet:
         self.slow_starts: dict[str, float] = {}
         self.trace: deque[tuple[float, tuple[object, ...]]] = deque(maxlen=TRACE_LINES)
         self.ticks = 0
+        self._second = self._ticks_in_second = 0
         self.terms = 0
         self.ready_group_s = 0.0
         self.peace = False
@@ -162,6 +164,7 @@ class Fleet:
         self.cluster.on_launch = self._on_launch
         self.cluster.on_engine_start = self._on_engine_start
         self.cluster.note = self.note
+        self.files.on_barrier = self._on_barrier
 
     def note(self, *words: object) -> None:
         self.trace.append((self.time.now, words))
@@ -170,7 +173,7 @@ class Fleet:
         slow_s = self.slow_starts.pop(group, 0.0)
         return slow_s + self.chance.between(*self.case.load_s, "load", group, incarnation)
 
-    # ------------------------------------------------------------------------------------------------ the cluster's hints
+    # ---------------------------------------------------------------------------------------------- the cluster's hints
 
     def _on_step(self, step: Step) -> None:
         if self.coordinator is not None:
@@ -195,10 +198,15 @@ class Fleet:
     def counts_progress(self, incarnation: Incarnation) -> bool:
         return self.plan.pool(incarnation.plan.pool).probe.counter is not None
 
-    # ------------------------------------------------------------------------------------------------------ who looks on
+    # ----------------------------------------------------------------------------------------------------- who looks on
 
     def decided(self, before: RunState, obs: Observation, decision: Decision) -> None:
         self.ticks += 1
+        second = int(self.time.now)
+        self._ticks_in_second = self._ticks_in_second + 1 if second == self._second else 0
+        self._second = second
+        if self._ticks_in_second > SPIN:
+            raise Broken(10, f"the loop spins: {SPIN} decisions within a second")
         self.checker.decided(before, obs, decision)
 
     def committed(self, before: RunState, obs: Observation, decision: Decision) -> None:
@@ -208,16 +216,19 @@ class Fleet:
             self.note("   ->", action)
         self.checker.committed(before, obs, decision)
 
-    def wrote(self, coordinator: Coordinator, state: RunState) -> None:
-        self.checker.wrote(coordinator, state)
+    def opened(self, term: int) -> None:
+        self.checker.opened(term)
+
+    def _on_barrier(self, document: dict[str, Any]) -> None:
+        self.checker.wrote(document)
         now = self.time.now
-        serving = {g for g, _ in state.serving}
+        serving = {g["id"] for g in document["groups"] if g["serving"]}
         for group in [g for g in self._ready_since if g not in serving]:
             self.ready_group_s += now - self._ready_since.pop(group)
         for group in serving:
             self._ready_since.setdefault(group, now)
         self.time.after(self.chance.between(0.05, 5.0, "poll", len(self.files.versions), now), self._poll)
-        if state.phase is PoolPhase.FAILED and self._failed_at is None:
+        if document["phase"] == PoolPhase.FAILED and self._failed_at is None:
             self._failed_at = now
             self.note("the fleet failed: the supervisor ends `up`")
             self.time.after(TRAINER_AFTER_FAILURE_S, self._drain)
@@ -228,7 +239,7 @@ class Fleet:
     def took_over(self, found: RunState, state: RunState, *, another_up: bool) -> None:
         self.checker.took_over(found, state, another_up=another_up)
 
-    # ------------------------------------------------------------------------------------------------------ the supervisor
+    # --------------------------------------------------------------------------------------------------- the supervisor
 
     def start_coordinator(self) -> None:
         if self.cluster.job_ending or self._ended:
@@ -245,8 +256,11 @@ class Fleet:
         self.unwell_at = self.time.now
         made = Coordinator(self.plan, self.cluster, self.files, self.time, term, self, self._on_end)
         self.coordinator = made
-        self.checker.opened(term.number)
-        made.start()
+        try:
+            made.start()
+        except OSError:
+            made.die()
+            self._on_end(made, "killed")
 
     def _on_end(self, coordinator: Coordinator, how: str) -> None:
         self.note("coordinator of term", coordinator.term.number, how)
@@ -304,6 +318,7 @@ class Fleet:
             old.stall_s = after_s + 5.0
         else:
             old.pause(after_s + 5.0)
+
         def take_over() -> None:
             if self.coordinator is old and old.paused:
                 self.note("term", old.term.number, "is stopped, and another coordinator starts")
@@ -398,7 +413,7 @@ class Fleet:
         bad_until = max(self.files.full_until, self.cluster.batch_host_cut_until)
         self.unwell_at = max(self.unwell_at, mine.resumed_at, min(now, bad_until))
 
-    # ------------------------------------------------------------------------------------------------------------- phases
+    # ----------------------------------------------------------------------------------------------------------- phases
 
     def play(self) -> None:
         """Run the case; raises `Broken` where an invariant does not hold."""
@@ -500,8 +515,7 @@ class Fleet:
         """The run, or the job, ends: nothing is left, nothing is charged."""
         assert self.coordinator is not None
         self._ended = True
-        budgets = {g.id: {*g.runtime_failures, *g.start_failures} for g in self.coordinator.state.groups}
-        mine = self.coordinator
+        mine, ended_at = self.coordinator, self.time.now
         if self.case.job_ends:
             self.note("the job ends")
             self.cluster.end_job()
@@ -512,10 +526,9 @@ class Fleet:
         if self.coordinator is not None:
             raise Broken(9, "the run does not end")
         for g in mine.state.groups:
-            known = budgets[g.id]
-            if {*g.runtime_failures, *g.start_failures} - known:
+            if max((*g.runtime_failures, *g.start_failures), default=0.0) > ended_at:
                 raise Broken(8, f"{g.id} was charged for the end of the job")
-        for group, since in self._ready_since.items():
+        for since in self._ready_since.values():
             self.ready_group_s += self.time.now - since
         self._ready_since.clear()
 

@@ -213,7 +213,9 @@ class Fleet:
         return [
             pid
             for pid, found in self._environs()
-            if mark in found.get("ROLLOUT_MARK", "") and "ROLLOUT_STEP" in found and _comm(pid).startswith("python")
+            if mark in found.get("ROLLOUT_MARK", "")
+            and str(self.run.path) in found.get("ROLLOUT_STEP", "")
+            and _comm(pid).startswith("python")
         ]
 
     def coordinator(self) -> int:

@@ -34,9 +34,9 @@ def test_what_a_hung_group_was_doing_is_written_down_and_its_stopped_member_name
     fleet.wait_serving("actor/0", 2)
     assert fleet.wait_event("snapshot", "actor/0", 1)["at"] <= fleet.wait_event("stopped", "actor/0", 1)["at"]
     described = json.loads(lab.cli("describe", "actor/0", "--json"))
-    box = next(i for i in described["incarnations"] if i["incarnation"] == 1)["snapshot"]
-    assert box["stuck"]["rank"] == 1
-    assert "state T" in box["stuck"]["why"]
+    first = next(i for i in described["incarnations"] if i["incarnation"] == 1)
+    assert first["first_stuck"]["rank"] == 1
+    assert "state T" in first["first_stuck"]["why"]
     assert "first stuck: rank 1" in lab.cli("describe", "actor/0")
 
 

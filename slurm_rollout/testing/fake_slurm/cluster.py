@@ -56,6 +56,8 @@ class FakeSlurm:
 
     Args:
         root: a folder of its own, made where it is missing; it stays. `home` is in it.
+        proctrack: who gets a signal that is not KILL: a step's tasks and a job's script alone, as with `cgroup`, which
+            most sites have, or all that descends from them, as with `linuxproc`.
         kill_wait_s: Slurm's KillWait: from TERM to KILL when a job ends (a site's default is 30).
         twin_s: how long after srun was killed its twin cancels the step (measured: up to 2 s).
         retry_s: after how long an srun that waits for its step tries again (real: 60 to 129 s).
@@ -73,6 +75,7 @@ class FakeSlurm:
         nodes: int = 4,
         gpus: int = 8,
         cpus: int = 16,
+        proctrack: Literal["cgroup", "linuxproc"] = "cgroup",
         kill_wait_s: float = 2.0,
         twin_s: float = 0.2,
         retry_s: float = 0.5,
@@ -93,6 +96,7 @@ class FakeSlurm:
             "nodes": self.nodes,
             "gpus": gpus,
             "cpus": cpus,
+            "proctrack": proctrack,
             "kill_wait_s": kill_wait_s,
             "twin_s": twin_s,
             "retry_s": retry_s,

@@ -52,6 +52,7 @@ class Controller:
         self.config = config
         self.gpus: int = config["gpus"]
         self.cpus: int = config["cpus"]
+        self.whole_tree: bool = config["proctrack"] == "linuxproc"
         self.kill_wait_s: float = config["kill_wait_s"]
         self.host = os.uname().nodename.partition(".")[0]
         self.nodes = {name: Node(name=name) for name in config["nodes"]}
@@ -159,16 +160,12 @@ class Controller:
         """Answer, or not: a controller that is away is seen only after the command's patience."""
         request = client.request
         patience_s = self.faults.unreachable_s
-        if patience_s is not None and faults.needs_controller(request):
-            self.after(patience_s, lambda: self._give_up(client))
-        elif request["program"] == "srun":
+        if request["program"] == "srun":
             steps.requested(self, client)
+        elif patience_s is not None and faults.needs_controller(request):
+            self.after(patience_s, lambda: client.send(faults.unreachable(request).message()))
         else:
             client.send(self._answer(request).message())
-
-    def _give_up(self, client: Client) -> None:
-        reply = faults.unreachable(client.request)
-        client.send({"say": reply.err, "exit": reply.code} if client.request["program"] == "srun" else reply.message())
 
     def _answer(self, request: dict[str, Any]) -> Reply:
         program = request["program"]
@@ -219,7 +216,7 @@ class Controller:
             return
         for message in messages:
             if "ended" in message:
-                daemon.tasks[message["ended"]] = message["status"]
+                daemon.tasks |= dict.fromkeys(message["ended"], message["status"])
 
     def _reap(self, wakeup: int) -> None:
         os.read(wakeup, 512)

@@ -87,7 +87,7 @@ def step(step: Step, base: Mapping[str, str], uid: int, gid: int, umask: int) ->
         "SLURM_JOB_UID": str(uid),
         "SLURM_JOB_USER": base.get("USER", ""),
         "SLURM_NNODES": str(len(step.nodes)),
-        "SLURM_NODELIST": ranged(job.allocated),
+        "SLURM_NODELIST": ranged(job.nodes),  # without those that it lost
         "SLURM_NPROCS": str(step.tasks),
         "SLURM_NTASKS": str(step.tasks),
         "SLURM_PRIO_PROCESS": "0",

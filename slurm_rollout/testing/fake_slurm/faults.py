@@ -10,12 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from slurm_rollout.testing.fake_slurm import jobs, launch, show, stepd, steps, wire
-from slurm_rollout.testing.fake_slurm.model import Daemon, Faults, Job, Reply, Step
+from slurm_rollout.testing.fake_slurm.model import NO_CONTACT, Daemon, Faults, Job, Reply, Step
 
 if TYPE_CHECKING:
     from slurm_rollout.testing.fake_slurm.controller import Controller
-
-NO_CONTACT = "Unable to contact slurm controller (connect failure)"
 
 
 def owner(c: Controller, request: dict[str, Any]) -> dict[str, Any]:
@@ -31,6 +29,8 @@ def owner(c: Controller, request: dict[str, Any]) -> dict[str, Any]:
             for node in c.nodes:
                 join(c, node)
             applied(c)
+            for job in c.jobs.values():
+                steps.retry(c, job)
         case "kill_node":
             kill(c, request["node"], request["after_s"])
         case "cut_node":
@@ -43,20 +43,19 @@ def owner(c: Controller, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def applied(c: Controller) -> None:
-    """Make what is set felt by what already runs and waits."""
+    """Make what is set felt by what already runs."""
     for step, daemon in list(c.daemons.values()):
         if step.id != "batch":
             c.order(daemon, stuck_s=c.faults.stuck_s)
         launch.lie(c, step)
-    for job in c.jobs.values():
-        steps.retry(c, job)
 
 
 # ------------------------------------------------------------------------------------------------- the controller away
 
 
 def needs_controller(request: dict[str, Any]) -> bool:
-    return request["argv"][:2] != ["show", "hostnames"] if request["program"] == "scontrol" else True
+    argv = request.get("argv", [])
+    return argv[:2] != ["show", "hostnames"] and not {"-V", "--version"} & {*argv}
 
 
 def unreachable(request: dict[str, Any]) -> Reply:
@@ -93,14 +92,6 @@ def unreachable(request: dict[str, Any]) -> Reply:
                 return Reply(err=f"slurm_load_jobs error: {NO_CONTACT}\n", code=1)
             said = "".join(f"scancel: error: Kill job error on job id {i}: {NO_CONTACT}\n" for i in ids)
             return Reply(err=said, code=8)
-        case "srun":
-            job = next((a.split("=")[1] for a in argv if a.startswith("--jobid=")), "")
-            job = job or request["env"].get("SLURM_JOB_ID", "")
-            words = (
-                f"srun: error: Unable to confirm allocation for job {job}: {NO_CONTACT}\n"
-                f"srun: Check SLURM_JOB_ID environment variable. Expired or invalid job {job}\n"
-            )
-            return Reply(err=words, code=1)
     return Reply(code=1)  # the twin of a killed srun
 
 
@@ -173,13 +164,17 @@ def _lose_in(c: Controller, job: Job, node: str) -> None:
     if survives:
         job.nodes = tuple(n for n in job.nodes if n != node)
     elif job.state == "RUNNING":
-        jobs.terminate(c, job, "REQUEUE" if job.requeue else "NODE_FAIL", " DUE TO NODE FAILURE")
+        job.reason = "NodeDown"
+        why = " DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS"
+        jobs.terminate(c, job, "REQUEUE" if job.requeue else "NODE_FAIL", why)
     for step in list(job.steps.values()):
         if node not in step.nodes:
             continue
         if step.client:
             step.client.send({"say": f"srun: error: Node failure on {node}\n", "drop": node})
-        if survives and step.id != "batch":
+        if survives and step.id == "batch":
+            continue  # the job goes on without its script, and the script stays listed
+        if survives:
             launch.signal_step(c, step, signal.SIGKILL)
         # Its own part stays listed for another minute and more; a job that ends does not wait for it.
         lost = [d for d in step.daemons if d.node == node]

@@ -166,7 +166,7 @@ def _place(c: Controller, job: Job) -> None:
         free = [g for g in range(c.gpus) if not any(g in j.gpus_of[name] for j in others)]
         if cpus + sum(j.cpus_of[name] for j in others) <= c.cpus and len(free) >= job.gpus:
             chosen[name] = (cpus, tuple(free[: job.gpus]))
-    if len(chosen) == job.count:
+    if len(chosen) == job.count and {*wanted} <= {*chosen}:
         job.nodes = job.allocated = tuple(n for n in c.nodes if n in chosen)
         job.cpus_of = {n: chosen[n][0] for n in job.nodes}
         job.gpus_of = {n: chosen[n][1] for n in job.nodes}
@@ -188,7 +188,6 @@ def _start(c: Controller, job: Job) -> None:
     environ = environs.batch(job, c.host, os.getuid(), os.getgid())
     script_launch = Launch(
         node=node,
-        label=f"JOB {job.id}",
         batch=True,
         argv=(script, *job.argv),
         cwd=job.cwd,
@@ -197,7 +196,8 @@ def _start(c: Controller, job: Job) -> None:
         stdin=False,
         outputs={0: job.output},
         errors={0: job.error},
-        append=job.options.get("open-mode", "").startswith("a") or bool(job.restarts),
+        append=job.options.get("open-mode", "").startswith("a"),
+        whole_tree=c.whole_tree,
     )
     c.spawn(step, script_launch, with_srun=False)
     if job.time_limit_s is not None:
@@ -214,7 +214,7 @@ def _time_is_up(c: Controller, job: Job, run: int) -> None:
 
 
 def terminate(c: Controller, job: Job, final: str, why: str = "") -> None:
-    """TERM to the batch script's own process and to all processes of the steps, KILL after KillWait."""
+    """CONT and TERM to the batch script and to the steps, KILL after KillWait."""
     job.state, job.final = "COMPLETING", final
     steps.retry(c, job)
     for step in list(job.steps.values()):
@@ -222,11 +222,8 @@ def terminate(c: Controller, job: Job, final: str, why: str = "") -> None:
         launch.announce(c, step, why)
         if step.client:
             step.client.send({"abort": True})
-        for daemon in step.daemons:
-            only = step.id == "batch"
-            if not only:
-                c.order(daemon, signal=signal.SIGCONT)
-            c.order(daemon, signal=signal.SIGTERM, only_tasks=only)
+        launch.signal_step(c, step, signal.SIGCONT)
+        launch.signal_step(c, step, signal.SIGTERM)
     run = job.restarts
     c.after(c.kill_wait_s, lambda: _kill(c, job, run))
 

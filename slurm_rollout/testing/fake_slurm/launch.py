@@ -56,7 +56,6 @@ def launch(
             continue
         task_launch = Launch(
             node=node,
-            label=f"STEP {step.label}",
             batch=False,
             argv=argv,
             cwd=cwd,
@@ -67,6 +66,7 @@ def launch(
             errors=_files(given.get("error", given.get("output")), here, layout[node], cwd),
             append=given.get("open-mode", "").startswith("a"),
             stuck_s=c.faults.stuck_s,
+            whole_tree=c.whole_tree,
         )
         end = c.spawn(step, task_launch, with_srun=True)
         assert end is not None

@@ -14,6 +14,7 @@ from slurm_rollout.core.hostlist import expand, fold
 if TYPE_CHECKING:
     from slurm_rollout.testing.fake_slurm.controller import Client
 
+NO_CONTACT = "Unable to contact slurm controller (connect failure)"
 ENDED = frozenset({"CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT"})
 SHORT = {
     "PENDING": "PD",
@@ -132,7 +133,6 @@ class Job:
     requeue: bool = True
     no_kill: bool = False
     time_limit_s: float | None = None
-    open_mode: str = "truncate"
     state: str = "PENDING"
     reason: str = "None"
     final: str = ""  # the state after COMPLETING

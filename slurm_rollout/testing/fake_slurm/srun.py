@@ -5,6 +5,7 @@ Imported by a fake command: nothing here that is slow to load.
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -157,7 +158,7 @@ class Srun:
             elif kind == b"m":  # the daemon's own words
                 _write_all(self.out[b"e"], data)
             elif kind == b"x":
-                self._exited(self.nodes[fd], number, int(data))
+                self._exited(self.nodes[fd], **json.loads(data))
             elif kind == b"d":
                 self._forget(fd)
 
@@ -178,18 +179,19 @@ class Srun:
         for text in complete:
             _write_all(self.out[kind], f"{task}: ".encode() + text + b"\n")
 
-    def _exited(self, node: str, task: int, status: int) -> None:
-        self.tasks.discard(task)
+    def _exited(self, node: str, tasks: list[int], status: int) -> None:
+        self.tasks.difference_update(tasks)
+        who = _named(tasks)
         bad = True
         if os.WIFSIGNALED(status):
             number = signal.Signals(os.WTERMSIG(status))
             core = " (core dumped)" if os.WCOREDUMP(status) else ""
             if not self.quiet_kills:
-                self.say(f"error: {node}: task {task}: {signal.strsignal(number)}{core}")
+                self.say(f"error: {node}: {who}: {signal.strsignal(number)}{core}")
             self.signalled = max(self.signalled, int(number))
             self.terminated |= number in (signal.SIGTERM, signal.SIGKILL)
         elif code := os.WEXITSTATUS(status):
-            self.say(f"error: {node}: task {task}: Exited with exit code {code}")
+            self.say(f"error: {node}: {who}: Exited with exit code {code}")
             self.code = max(self.code, code)
         else:
             bad = False
@@ -239,9 +241,7 @@ class Srun:
             self.interrupted_at = now
             self.say("interrupt (one more within 1 sec to abort)")
             if self.tasks:
-                few = sorted(self.tasks)
-                tasks = f"task {few[0]}" if len(few) == 1 else f"tasks {_ranges(few)}"
-                self.say(f"StepId={self.step} {tasks}: running")
+                self.say(f"StepId={self.step} {_named(sorted(self.tasks))}: running")
             return
         self.quiet_kills = True
         self.say(f"sending Ctrl-C to StepId={self.step}")
@@ -291,14 +291,15 @@ def _monotonic() -> float:
     return os.times().elapsed
 
 
-def _ranges(numbers: list[int]) -> str:
+def _named(numbers: list[int]) -> str:
     found: list[list[int]] = []
     for number in numbers:
         if found and found[-1][1] == number - 1:
             found[-1][1] = number
         else:
             found.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in found)
+    ranges = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in found)
+    return f"task{'s' if len(numbers) > 1 else ''} {ranges}"
 
 
 def main(folder: str) -> int:

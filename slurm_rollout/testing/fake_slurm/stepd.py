@@ -1,7 +1,7 @@
 """The daemon of one step on one node, as slurmstepd: a child of the controller, parent of the tasks, no kin of srun.
 
-It is a subreaper, so that also what daemonises stays in its step and ends with it, as with proctrack/cgroup. Signals
-go to all of the step's processes, as with proctrack/linuxproc (measured, 22.05.8).
+It is a subreaper, so that also what daemonises stays in its step and ends with it, as with proctrack/cgroup. A signal
+goes to the tasks alone, or, as with proctrack/linuxproc, to all of the step's processes (both measured, 22.05.8).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ class Launch:
     """What to run on the node."""
 
     node: str
-    label: str  # "STEP 1.0", "JOB 1"
     batch: bool
     argv: tuple[str, ...]
     cwd: str
@@ -40,6 +39,7 @@ class Launch:
     errors: dict[int, str] = field(default_factory=dict)
     append: bool = False
     stuck_s: float = 0.0
+    whole_tree: bool = False  # whether a signal goes to every process of the step
 
 
 def kill_tree(root: int) -> None:
@@ -211,9 +211,10 @@ class Daemon:
             self._tell_ends()
 
     def _tell_ends(self) -> None:
-        for task, status in self.held:
-            self._send(b"x", task, str(status).encode())
-            self._report({"ended": task, "status": status})
+        for status in dict.fromkeys(status for _, status in self.held):
+            tasks = [task for task, theirs in self.held if theirs == status]
+            self._send(b"x", 0, json.dumps({"tasks": tasks, "status": status}).encode())
+            self._report({"ended": tasks, "status": status})
         self.held.clear()
 
     # --------------------------------------------------------------------------------------------------------- loop
@@ -272,6 +273,8 @@ class Daemon:
         self.backlog.clear()
 
     def _srun_event(self, event: int) -> None:
+        if self.cut:
+            return  # by an order that came in the same moment
         if event & select.POLLOUT:
             self._flush()
         if not self.frames or not event & ~select.POLLOUT:
@@ -319,7 +322,7 @@ class Daemon:
             if "say" in order:
                 self._say(order["say"])
             if "signal" in order:
-                self._signal(order["signal"], only_tasks=order.get("only_tasks", False))
+                self._signal(order["signal"])
 
     def _cut(self, *, cut: bool) -> None:
         if self.frames and self.cut and not cut:
@@ -337,7 +340,7 @@ class Daemon:
         else:
             self._send(b"m", 0, text.encode())
 
-    def _signal(self, number: int, *, only_tasks: bool = False) -> None:
+    def _signal(self, number: int) -> None:
         if number == signal.SIGKILL:
             # Each of them, and what they fork meanwhile; the tasks are reaped by the loop, which needs their statuses.
             while below := [p for p in proc.descendants(os.getpid()) if p.state not in "ZX"]:
@@ -346,7 +349,7 @@ class Daemon:
                         os.kill(process.pid, signal.SIGKILL)
                 time.sleep(0.001)
             return
-        pids = list(self.pids) if only_tasks else [p.pid for p in proc.descendants(os.getpid())]
+        pids = [p.pid for p in proc.descendants(os.getpid())] if self.launch.whole_tree else list(self.pids)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from slurm_rollout.testing.fake_slurm import launch, options
 from slurm_rollout.testing.fake_slurm.launch import unable
-from slurm_rollout.testing.fake_slurm.model import Job, Step, hostlist
+from slurm_rollout.testing.fake_slurm.model import NO_CONTACT, Job, Step, hostlist
 
 if TYPE_CHECKING:
     from slurm_rollout.testing.fake_slurm.controller import Client, Controller
@@ -60,9 +60,15 @@ def requested(c: Controller, client: Client) -> None:
         if "cpu-bind" in given:
             # Where TaskPlugin cannot bind, as on the test cluster.
             client.send({"say": "srun: cluster configuration lacks support for cpu binding\n"})
+        if "jobid" not in given:
+            raise options.BadOption("fake_slurm: does not know srun without a job: give --jobid or SLURM_JOB_ID")
         if not argv:
             raise Refused("srun: fatal: No command given to execute.\n")
-        wish = Wish(job=_job(c, given), given=given, argv=argv, request=client.request)
+        if c.faults.unreachable_s is not None:
+            no = _unconfirmed(given["jobid"], NO_CONTACT)
+            c.after(c.faults.unreachable_s, lambda: client.send({"say": no, "exit": 1}))
+            return
+        wish = Wish(job=_job(c, given["jobid"]), given=given, argv=argv, request=client.request)
     except options.BadOption as e:
         client.send({"say": f"{e}\n", "exit": e.code})
     except Refused as e:
@@ -84,21 +90,23 @@ def _given(request: dict[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
     return given, tuple(argv)
 
 
-def _job(c: Controller, given: dict[str, str]) -> Job:
-    if "jobid" not in given:
-        raise options.BadOption("fake_slurm: does not know srun without a job: give --jobid or SLURM_JOB_ID")
-    number = given["jobid"]
+def _job(c: Controller, number: str) -> Job:
     job = c.jobs.get(number)
-    no, state = f"srun: error: Unable to confirm allocation for job {number}: ", job.state if job else ""
-    if not state:
-        no += "Invalid job id specified"
-    elif state == "PENDING":
-        no += "Job is pending execution"
-    elif state != "RUNNING":
-        no = f"srun: error: Slurm job {number} has expired"
-    if job is None or state != "RUNNING":
-        raise Refused(f"{no}\nsrun: Check SLURM_JOB_ID environment variable. Expired or invalid job {number}\n")
+    if job is None:
+        raise Refused(_unconfirmed(number, "Invalid job id specified"))
+    if job.state == "PENDING":
+        raise Refused(_unconfirmed(number, "Job is pending execution"))
+    if job.state != "RUNNING":
+        raise Refused(f"srun: error: Slurm job {number} has expired\n{_check(number)}")
     return job
+
+
+def _unconfirmed(number: str, why: str) -> str:
+    return f"srun: error: Unable to confirm allocation for job {number}: {why}\n{_check(number)}"
+
+
+def _check(number: str) -> str:
+    return f"srun: Check SLURM_JOB_ID environment variable. Expired or invalid job {number}\n"
 
 
 def _create(c: Controller, client: Client, wish: Wish) -> None:

@@ -1,0 +1,253 @@
+"""Can the tests fail? Deliberate bugs, one at a time, in a copy of the package that is put first on PYTHONPATH.
+
+    python -m tests.mutants                       # the simulation: seeds until each bug is caught, as a table
+    python -m tests.mutants drop_the_fence ...    # only these
+    python -m tests.mutants --pytest tests/test_decide.py tests/test_liveness_rules.py
+
+A bug is (name, file, old text, new text). The old text must be in the file exactly once, else the script fails: a bug
+that cannot be planted any more would count as caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "slurm_rollout"
+SEEDS = 1000
+TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    name: str
+    file: str  # below the package
+    old: str
+    new: str
+
+
+MUTANTS = (
+    Mutant(
+        "drop_the_fence",
+        "core/group.py",
+        "    if not busy and not sweeping:\n        return _fenced(ctx, g, out)",
+        "    if not sweeping:\n        return _fenced(ctx, g, out)",
+    ),
+    Mutant(
+        "fence_by_ports_that_nobody_looked_at",
+        "core/group.py",
+        "    busy = ctx.seen.ports_open\n",
+        "    busy = ctx.seen.ports_open or ()\n",
+    ),
+    Mutant(
+        "forget_one_member",
+        "core/group.py",
+        "    living = _not_ended(ctx, g, ctx.seen.steps, out)\n",
+        "    living = _not_ended(ctx, g, ctx.seen.steps[1:], out)\n",
+    ),
+    Mutant(
+        "publish_before_verify",
+        "core/barrier_rules.py",
+        "    return g.phase is Phase.READY\n",
+        "    return g.phase is Phase.READY or (g.phase is Phase.STARTING and g.go_sent_at is not None)\n",
+    ),
+    Mutant(
+        "reuse_an_epoch",
+        "core/barrier_rules.py",
+        "epoch=run.epoch + (serving != run.serving)",
+        "epoch=run.epoch + (len(serving) > len(run.serving))",
+    ),
+    Mutant(
+        "epoch_starts_over_at_a_takeover",
+        "store.py",
+        "        started_at=old.started_at or now,\n",
+        "        started_at=old.started_at or now,\n        epoch=0,\n",
+    ),
+    Mutant(
+        "ignore_the_term",
+        "store.py",
+        "            if entry == self._staging:\n",
+        "            if entry == self._staging or number.isdigit():\n",
+    ),
+    Mutant(
+        "believe_an_srun_exit",
+        "core/group.py",
+        "listing.asked_at <= step.exited_at:\n        return None\n",
+        "listing.asked_at <= step.exited_at:\n        return True\n",
+    ),
+    Mutant(
+        "believe_an_old_listing",
+        "core/group.py",
+        "    if step.exited_at is None or listing is None or listing.asked_at <= step.exited_at:\n",
+        "    if step.exited_at is None or listing is None:\n",
+    ),
+    Mutant(
+        "restart_a_saturated_engine",
+        "core/health.py",
+        "        failures, slow = 0, not result.answered\n",
+        "        failures += 1\n",
+    ),
+    Mutant(
+        "never_suspect_itself",
+        "core/decide.py",
+        "ask_agents=suspect",
+        "ask_agents=False",
+    ),
+    Mutant(
+        "charge_at_the_jobs_end",
+        "core/group.py",
+        "        charge=failure if charged else None,\n",
+        "        charge=None,\n",
+    ),
+    Mutant(
+        "never_charge",
+        "core/group.py",
+        "    return replace(g, charge=None, runtime_failures=(*g.runtime_failures, g.charge.at))\n",
+        "    return replace(g, charge=None)\n",
+    ),
+    Mutant(
+        "short_window",
+        "core/restart.py",
+        "now - t < policy.window_s",
+        "now - t < policy.window_s / 4",
+    ),
+    Mutant(
+        "go_before_all_are_fenced",
+        "core/group.py",
+        "not all(s.fenced for s in steps)",
+        "not any(s.fenced for s in steps)",
+    ),
+    Mutant(
+        "go_is_said_once",
+        "core/group.py",
+        "    if deaf and now >= g.go_sent_at + 1.0:\n",
+        "    if not g and now >= g.go_sent_at + 1.0:\n",
+    ),
+    Mutant(
+        "reuse_an_incarnation",
+        "core/group.py",
+        "        incarnation=g.incarnation + 1,\n",
+        "        incarnation=max(1, g.incarnation),\n",
+    ),
+    Mutant(
+        "never_cancel",
+        "core/group.py",
+        "        out.actions.append(Cancel(group=g.id, incarnation=g.incarnation, nodes=nodes))\n",
+        "",
+    ),
+    Mutant(
+        "stay_unready",
+        "core/group.py",
+        "    if g.phase is Phase.UNREADY and answering",
+        "    if g.phase is Phase.READY and answering",
+    ),
+    Mutant(
+        "a_dead_pool_waits",
+        "core/barrier_rules.py",
+        "    if possible < pool.min_ready:\n",
+        "    if possible < 0:\n",
+    ),
+    Mutant(
+        "a_takeover_starts_over",
+        "store.py",
+        "    if not same:\n        groups =",
+        "    if same:\n        groups =",
+    ),
+    Mutant(
+        "launch_while_the_run_ends",
+        "core/decide.py",
+        "        if run.ending:\n            g = _end_group(ctx, run, g)\n",
+        "",
+    ),
+    Mutant(
+        "reader_believes_a_late_writer",
+        "barrier.py",
+        "            if (state.term, state.seq) < (last.term, last.seq) or state.epoch < last.epoch:\n",
+        "            if state.term < 0:\n",
+    ),
+    Mutant(
+        "forget_a_failure_over_a_takeover",
+        "core/failures.py",
+        "        if step.process is not Process.RUNNING and step.exited_at is not None:\n",
+        "        if step.process is not Process.RUNNING and step.exit_code is not None:\n",
+    ),
+)
+
+
+def plant(mutant: Mutant, folder: Path) -> None:
+    """Make a copy of the package in `folder` that has the bug.
+
+    Raises:
+        SystemExit: the old text is not in the file exactly once.
+    """
+    shutil.copytree(ROOT / PACKAGE, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / PACKAGE / mutant.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.name}: the text is {text.count(mutant.old)} times in {mutant.file}, not once")
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+
+
+def run(argv: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python on the copy in `folder`."""
+    environ = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, *argv], cwd=folder, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+def by_simulation(folder: Path, seeds: int) -> tuple[bool, str]:
+    """Tell whether the simulation catches the bug, and after how many seeds."""
+    done = run(["-m", f"{PACKAGE}.simulation.soak", "--until-failure", f"--seeds={seeds}"], folder)
+    try:
+        said = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return True, f"    1  it cannot even run: {done.stderr.strip().splitlines()[-1:]}"
+    if said["number"] is None:
+        return False, f"> {seeds}  NOT CAUGHT"
+    return True, f"{said['seeds']:5}  {said['broken'].splitlines()[0][:100]}"
+
+
+def by_pytest(folder: Path, files: Sequence[str]) -> tuple[bool, str]:
+    """Tell whether tests catch the bug."""
+    paths = [str(ROOT / file) for file in files]
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    done = run(["-m", "pytest", *options, *paths], folder)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 1, (failed or [f"exit code {done.returncode}: NOT CAUGHT"])[0][:120]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return 1 when a bug is not caught."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="bugs (default: all)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds after which the simulation gives up")
+    parser.add_argument("--pytest", nargs="+", metavar="FILE", help="let these test files look instead")
+    args = parser.parse_args(argv)
+    chosen = [m for m in MUTANTS if not args.names or m.name in args.names]
+    missed = []
+    print(f"{'BUG':38} {'SEEDS' if not args.pytest else 'TEST':>5}  CAUGHT BY", flush=True)
+    for mutant in chosen:
+        with tempfile.TemporaryDirectory(prefix="rollout-mutant-") as made:
+            folder, began = Path(made), time.monotonic()
+            plant(mutant, folder)
+            caught, how = by_pytest(folder, args.pytest) if args.pytest else by_simulation(folder, args.seeds)
+            print(f"{mutant.name:38} {how}  ({time.monotonic() - began:.0f} s)", flush=True)
+            if not caught:
+                missed.append(mutant.name)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} caught" + (f"; missed: {', '.join(missed)}" if missed else ""))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
