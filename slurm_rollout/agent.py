@@ -1169,7 +1169,7 @@ class LocalProbe:
 
     def run(self) -> None:
         """Probe for ever: the body of the probe's thread."""
-        answered, seen = False, None
+        seen = None
         while True:
             began = time.monotonic()
             error = self._ask_engine()
@@ -1177,11 +1177,10 @@ class LocalProbe:
             counter = self._read_counter()
             moved = counter is not None and seen is not None and counter != seen
             seen = counter if counter is not None else seen
-            answered = answered or not error
             if not error or moved:
                 self._set(0, "")
-            # Before the first answer it may still be loading; and where we ourselves did not run, nothing was observed.
-            elif answered and took_s < self._timeout_s + 2:
+            # Where we ourselves did not run, nothing was observed.
+            elif took_s < self._timeout_s + 2:
                 self._set(self.state[0] + 1, error)
             time.sleep(max(0.0, began + self._policy["period_s"] - time.monotonic()))
 

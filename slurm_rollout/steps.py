@@ -33,6 +33,7 @@ from slurm_rollout.core.model import (
 )
 from slurm_rollout.core.names import MARK, mark, step_name
 from slurm_rollout.core.plan import FleetPlan, GroupPlan, Member
+from slurm_rollout.core.srun_words import last_words
 from slurm_rollout.engines.command import at_launch
 from slurm_rollout.rundir import RunDir
 
@@ -395,7 +396,7 @@ def _take_in(step: _Step, report: dict[str, Any]) -> None:
 def _observation(step: _Step) -> StepObservation:
     stderr = ""
     if step.process is Process.EXITED and step.exit is None:
-        stderr = _last_words(step.stderr)
+        stderr = last_words(_text(step.stderr))
     return StepObservation(
         node=step.key.node,
         sweep=step.key.sweep,
@@ -417,15 +418,8 @@ def _observation(step: _Step) -> StepObservation:
     )
 
 
-# srun says this of --cpu-bind=none where TaskPlugin cannot bind; it is no reason for anything (22.05).
-_CHATTER = ("cluster configuration lacks support for cpu binding",)
-
-
-def _last_words(path: Path) -> str:
-    """Return the last things of interest that srun wrote to its standard error, on one line."""
+def _text(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    telling = [line.removeprefix("srun: ").removeprefix("error: ") for line in lines if not line.endswith(_CHATTER)]
-    return "; ".join(telling[-2:])[:300]

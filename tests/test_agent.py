@@ -780,17 +780,17 @@ def test_progress_is_life(node: Node, mode: Path) -> None:
     agent.stop()
 
 
-def test_loading_is_no_failure(node: Node, mode: Path) -> None:
+def test_an_engine_that_never_answered_is_counted_too_and_its_first_answer_clears_it(node: Node, mode: Path) -> None:
+    """It may have hung right after the coordinator's proof; while it loads, nobody asks for the count."""
     port = free_port()
     mode.write_text("503")
     agent = node.agent(server(port, argv=python(ENGINE, port, mode)), probe=probing())
     agent.go()
-    more_probes(mode, 5)
-    assert not agent.all("local_probe")
+    agent.saw("local_probe", failures=3)
     mode.write_text("ok")
-    more_probes(mode, 2)
+    agent.saw("local_probe", failures=0)
     mode.write_text("503")
-    agent.saw("local_probe", failures=1)
+    more_probes(mode, 2)
     agent.stop()
 
 

@@ -122,7 +122,7 @@ raise SystemExit(7)
 """
 
 
-class ExampleFleet(SlurmFleet):
+class ExampleFleet(SlurmFleet[SlurmCluster]):
     """The README's job."""
 
     def submit(self) -> None:

@@ -95,7 +95,7 @@ def took(do: Callable[[], object]) -> float:
 
 
 @pytest.fixture
-def fleet(fake_slurm: FakeSlurm, request: pytest.FixtureRequest) -> Iterator[SlurmFleet]:
+def fleet(fake_slurm: FakeSlurm, request: pytest.FixtureRequest) -> Iterator[SlurmFleet[FakeSlurm]]:
     made = SlurmFleet(fake_slurm)
     try:
         yield made
@@ -105,7 +105,7 @@ def fleet(fake_slurm: FakeSlurm, request: pytest.FixtureRequest) -> Iterator[Slu
         made.end()
 
 
-def test_a_fleet_comes_up_recovers_and_ends(fake_slurm: FakeSlurm, fleet: SlurmFleet) -> None:
+def test_a_fleet_comes_up_recovers_and_ends(fake_slurm: FakeSlurm, fleet: SlurmFleet[FakeSlurm]) -> None:
     fleet.start(stub_spec(groups=2, base=33000, control=fleet.control, more='[nodes]\naddress = "127.0.0.1"'))
     fleet.wait_phase("ready")
     other = fleet.engine("actor/1", 0)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture
-def fleet(cluster: SlurmCluster, request: pytest.FixtureRequest) -> Iterator[SlurmFleet]:
+def fleet(cluster: SlurmCluster, request: pytest.FixtureRequest) -> Iterator[SlurmFleet[SlurmCluster]]:
     made = SlurmFleet(cluster)
     try:
         yield made
@@ -27,12 +27,12 @@ def fleet(cluster: SlurmCluster, request: pytest.FixtureRequest) -> Iterator[Slu
         made.end()
 
 
-def spec(cluster: SlurmCluster, fleet: SlurmFleet, **more: object) -> str:
+def spec(cluster: SlurmCluster, fleet: SlurmFleet[SlurmCluster], **more: object) -> str:
     return stub_spec(python=cluster.python, control=fleet.control, **more)  # type: ignore[arg-type]
 
 
 def test_two_groups_share_a_node_with_disjoint_gpus_and_do_not_disturb_each_other(
-    cluster: SlurmCluster, fleet: SlurmFleet
+    cluster: SlurmCluster, fleet: SlurmFleet[SlurmCluster]
 ) -> None:
     fleet.start(spec(cluster, fleet, groups=2, layout="gpus = 4\nmembers_per_node = 2"), nodes=1)
     fleet.wait_phase("ready")
@@ -53,7 +53,7 @@ def test_two_groups_share_a_node_with_disjoint_gpus_and_do_not_disturb_each_othe
 
 @pytest.mark.parametrize(("how", "away_s"), [("frozen", 12), ("stopped", 30)])
 def test_a_controller_that_is_away_during_a_recovery_costs_only_time(
-    cluster: SlurmCluster, fleet: SlurmFleet, how: str, away_s: float
+    cluster: SlurmCluster, fleet: SlurmFleet[SlurmCluster], how: str, away_s: float
 ) -> None:
     fleet.start(spec(cluster, fleet, groups=2, more="[slurm]\ncommand_timeout_s = 5"))
     fleet.wait_phase("ready")
@@ -81,7 +81,9 @@ def test_a_controller_that_is_away_during_a_recovery_costs_only_time(
     assert budget["start_failures"]["left"] == budget["start_failures"]["of"], "a blind Slurm is charged to nobody"
 
 
-def test_a_step_that_somebody_cancels_is_a_failure_of_its_group(cluster: SlurmCluster, fleet: SlurmFleet) -> None:
+def test_a_step_that_somebody_cancels_is_a_failure_of_its_group(
+    cluster: SlurmCluster, fleet: SlurmFleet[SlurmCluster]
+) -> None:
     fleet.start(spec(cluster, fleet, groups=2))
     fleet.wait_phase("ready")
     steps = cluster.run(["squeue", "-s", "-h", "-j", fleet.job, "-o", "%i %j"]).stdout.split("\n")
@@ -94,7 +96,9 @@ def test_a_step_that_somebody_cancels_is_a_failure_of_its_group(cluster: SlurmCl
     assert not fleet.events("failure", "actor/1")
 
 
-def test_the_run_can_be_looked_at_and_stopped_from_another_host(cluster: SlurmCluster, fleet: SlurmFleet) -> None:
+def test_the_run_can_be_looked_at_and_stopped_from_another_host(
+    cluster: SlurmCluster, fleet: SlurmFleet[SlurmCluster]
+) -> None:
     fleet.start(spec(cluster, fleet, groups=2))
     fleet.wait_phase("ready")
     status = cluster.run(["slurm-rollout", "status", "--run-dir", "run", "--json"])
@@ -110,7 +114,7 @@ def test_the_run_can_be_looked_at_and_stopped_from_another_host(cluster: SlurmCl
 
 
 def test_a_trainer_beside_the_fleet_decides_the_exit_code_and_keeps_its_own_srun(
-    cluster: SlurmCluster, fleet: SlurmFleet
+    cluster: SlurmCluster, fleet: SlurmFleet[SlurmCluster]
 ) -> None:
     trainer = cluster.home / "trainer.sh"
     trainer.write_text(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slurm_rollout.core import srun_words
 from slurm_rollout.core.model import (
     Endpoint,
     Failure,
@@ -30,10 +31,6 @@ _CAUSES = {
     "bad_config": Reason.LAUNCH_FAILED,
     "stopped": Reason.STEP_ENDED,
 }
-
-
-_UNANSWERED = ("Socket timed out", "Unable to contact slurm controller")
-"""srun's words for a controller that does not answer (22.05 to 25.11): then it refused nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +120,7 @@ def _silent_end(g: GroupState, step: StepObservation) -> tuple[Reason, str, bool
     words = f": {step.stderr}" if step.stderr else ""
     if step.spoke:
         return Reason.STEP_ENDED, f"srun ended with {step.exit_code}{words}", True
-    unanswered = any(w in step.stderr for w in _UNANSWERED)
+    unanswered = any(w in step.stderr for w in srun_words.UNANSWERED)
     return Reason.LAUNCH_FAILED, f"no step was launched, srun ended with {step.exit_code}{words}", not unanswered
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from slurm_rollout.core.srun_words import last_words
+
 UNSEEN = "unseen"
 """The reason of an end that no coordinator was there to see."""
 
@@ -114,21 +116,11 @@ def step(node: str, reports: Iterable[Mapping[str, Any]], stderr: str = "") -> S
             )
     if result.cause:
         return result
-    return replace(result, srun=_last_words(stderr))
-
-
-# srun says this of --cpu-bind=none where TaskPlugin cannot bind; it is no reason for anything (22.05).
-_CHATTER = "cluster configuration lacks support for cpu binding"
-
-
-def _last_words(stderr: str) -> str:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip() and not line.endswith(_CHATTER)]
-    return "; ".join(line.removeprefix("srun: ").removeprefix("error: ") for line in lines[-2:])[:300]
+    return replace(result, srun=last_words(stderr))
 
 
 class _History:
-    """Takes in one event after the other. The same one twice is no harm: a coordinator may die before it notes that it
-    wrote one, and the next one writes it again."""
+    """Takes in one event after the other. The same one twice is no harm."""
 
     def __init__(self, group: str) -> None:
         self.group = group

@@ -249,7 +249,7 @@ class Coordinator:
             if self._files.state is intent[2].state:
                 self._watch.committed(*intent)
         if self._files.state is not None:
-            self._watch.took_over(self._files.state, state, another_up=term.number == term.first)
+            self._watch.took_over(self._files.state, state, another_up=self._files.state.term < term.first)
         return state
 
     def start(self) -> None:

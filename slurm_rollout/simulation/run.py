@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 import tempfile
@@ -398,7 +399,9 @@ class Fleet:
         if stamp < self._reader_epoch or state.epoch < self._reader_epoch[2]:
             raise Broken(4, f"a reader saw {self._reader_epoch}, and then {stamp}")
         self._reader_epoch = stamp
-        self.checker.offered(state.groups, state.epoch, now - self.unwell_at, self.files.delay_s)
+        # While the file cannot be read, the last good value is kept for a time of grace.
+        stale_s = self._trainer.grace_s if now < self.files.errors_until + self._trainer.grace_s else 0.0
+        self.checker.offered(state.groups, state.epoch, now - self.unwell_at, self.files.delay_s + stale_s)
 
     def _keep_polling(self) -> None:
         self._poll()
@@ -538,6 +541,9 @@ def run(case: Case) -> Outcome:
     outcome = Outcome(case=case)
     folder = tempfile.mkdtemp(prefix="rollout-sim-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
     fleet = Fleet(case, Path(folder))
+    log = logging.getLogger("slurm_rollout")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)  # the trace tells it in virtual time
     try:
         fleet.play()
     except Broken as e:
@@ -550,6 +556,7 @@ def run(case: Case) -> Outcome:
 
         outcome.broken, outcome.number = f"{type(e).__name__}: {e}\n{traceback.format_exc()}", 99
     finally:
+        log.setLevel(level)
         if fleet.coordinator is not None:
             fleet.coordinator.die()
         shutil.rmtree(folder, ignore_errors=True)

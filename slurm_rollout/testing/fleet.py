@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from slurm_rollout import proc
 from slurm_rollout.errors import RolloutError
@@ -330,12 +330,15 @@ class Cluster(Protocol):
     def heal(self) -> None: ...
 
 
-class SlurmFleet(Fleet):
+C = TypeVar("C", bound=Cluster)
+
+
+class SlurmFleet(Fleet, Generic[C]):
     """`up` as the last line of a batch job on a test cluster."""
 
     job: str = ""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: C) -> None:
         super().__init__(cluster.home)
         self.cluster = cluster
 

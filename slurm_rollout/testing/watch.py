@@ -17,7 +17,7 @@ from slurm_rollout.testing.fleet import Fleet
 POLL_S = 0.005
 
 WRITE_S = 1.0
-"""An event is written before the barrier that goes with it: so much later, on a busy machine, that may be."""
+"""An event bears the time of its decision: so much later, on a busy machine, the barrier may be written."""
 
 Ask = Callable[[str], dict[str, Any]]
 """Send a real request to a URL and return the answer; empty when none came."""
@@ -44,7 +44,7 @@ class BarrierWatch:
 
     def has_looked(self) -> bool:
         """Tell whether it has seen, and asked, everything that the barrier file offers now."""
-        return self._looked >= self._fleet.barrier().get("seq", 0) > 0
+        return self._looked > 0 and self._looked >= int(self._fleet.barrier().get("seq", 0))
 
     def stop(self) -> None:
         self._ended.set()

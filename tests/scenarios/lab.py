@@ -201,7 +201,7 @@ class FakeLab(Lab):
     def __init__(self, slurm: FakeSlurm, base: int) -> None:
         super().__init__(slurm.home, base)
         self.cluster: FakeSlurm | SlurmCluster = slurm
-        self.fleet: SlurmFleet = SlurmFleet(slurm)
+        self.fleet: SlurmFleet[Any] = SlurmFleet(slurm)
 
     def _start(self, spec: str) -> None:
         self.fleet.start(spec, prefix=WITHOUT_ROOTS_EYE)

@@ -287,8 +287,6 @@ def cancel(c: Controller, job: Job) -> None:
         job.started = job.started or job.ended
     elif job.state == "RUNNING":
         terminate(c, job, "CANCELLED")
-    elif job.state == "COMPLETING":
-        _kill(c, job, job.restarts)
 
 
 def requeue(c: Controller, job: Job) -> bool:
@@ -346,10 +344,10 @@ def _cancel_one(c: Controller, target: str, number: int) -> tuple[str, int]:
         return "", 0
     found = job.steps.get(step_id) if job else None
     error = "scancel: error: Kill job error on job step id"
-    if job is None or found is None:
-        # An ended job is named with its step, a running one is not (22.05.8).
-        active = job is not None and job.active
-        return f"{error} {id_ if active else target}: {INVALID}\n", 225 if active else 1
+    if job is None or found is None or job.state != "RUNNING":
+        # A job that has ended, or is about to, is named with its step, a running one is not (22.05.8).
+        runs = job is not None and job.state == "RUNNING"
+        return f"{error} {id_ if runs else target}: {INVALID}\n", 225 if runs else 1
     if not number:
         _effective(c, lambda: launch.cancel(c, found))
         return "", 0

@@ -197,7 +197,12 @@ def signal_step(c: Controller, step: Step, number: int) -> None:
 
 
 def cancel(c: Controller, step: Step, *, why: str = "") -> None:
-    """SIGKILL to all of the step at once, as `scancel JOB.STEP` does."""
+    """SIGKILL to all of the step at once, as `scancel JOB.STEP` does.
+
+    In a job that is being ended nothing happens: its steps live until KillWait has passed (measured, 22.05.8).
+    """
+    if step.job.state != "RUNNING":
+        return
     if not step.cancelled:
         step.cancelled = True
         announce(c, step, why)
