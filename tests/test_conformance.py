@@ -206,6 +206,8 @@ CASES = {
     "two exact steps share the GPUs": "for _ in 1 2; do srun --jobid=$JOB --exact -c4 -N1 -n1 -w n2 --gres=gpu:4 "
     "sh -c 'echo $CUDA_VISIBLE_DEVICES; sleep 0.5' & done; wait",
     "no command": "srun --jobid=$JOB",
+    "no numbers": "for o in -n --ntasks-per-node -c -N; do srun --jobid=$JOB $o many true; echo $?; done; "
+    "for o in -n -N --time; do printf '#!/bin/sh\\n' | sbatch $o many; echo $?; done",
     "versions": "srun --version; squeue -V; scontrol -V; sinfo --version; scancel -V; sbatch --version",
     "hostnames": "scontrol show hostnames 'n[1-3,05-07],m'; scontrol show hostnames; echo $?",
     "squeue": "squeue -o '%i|%j|%T|%t|%N|%D|%k|%Z|%C|%R|%a|%P'",

@@ -486,6 +486,21 @@ def test_two_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
         steps[0].ends()
 
 
+def test_another_process_sets_faults_and_a_shell_finds_the_commands(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from slurm_rollout.testing.fake_slurm import FakeSlurm;"
+    code += "FakeSlurm(Path(sys.argv[1])).cut_node('n2', after_s=0)"
+    shell = f'{sys.executable} -c "$1" "$2" && until sinfo -h -o "%t %D %N"  | grep "down. 1 n2"; do sleep 0.1; done'
+    argv = [sys.executable, "-m", "slurm_rollout.testing.fake_slurm", str(tmp_path), "--nodes=2"]
+    done = subprocess.run(
+        [*argv, "--", "sh", "-c", shell, "sh", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "down* 1 n2\n", "")
+
+
 def test_it_can_be_stopped_twice_and_started_again(tmp_path: Path) -> None:
     slurm = FakeSlurm(tmp_path)
     slurm.stop()

@@ -7,6 +7,7 @@ lease, `steps.Steps` (what is kept of a step, what a report means), `health.fold
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -314,7 +315,7 @@ class Coordinator:
         if not self.alive:
             return
         self.paused = False
-        self.resumed_at = self._time.now
+        self.resumed_at = self.journal.due_at = self._time.now
         self.probing.resume()
         self.poke(self._time.now)
 
@@ -351,6 +352,8 @@ class Coordinator:
             self.state = self.journal.write(before, decision, obs, None)
             if self.journal.blocked:
                 self._files.silence()
+            else:
+                self.journal.due_at = math.inf  # heartbeats are not written one by one (`files.Version`)
         else:
             self.state = decision.state
         self._files.intent = None

@@ -66,7 +66,7 @@ class Checker:
         self.epoch = 0
         self.recoveries: list[tuple[str, float, str]] = []  # pool, seconds, reason
         self.failures: dict[str, int] = {}
-        self.blind_launch_until = 0.0
+        self.spent: dict[str, tuple[int, int]] = {}
         self._policies: dict[str, PoolPlan] = {g.id: p for p in plan.pools for g in p.groups}
         self._ledgers = {g.id: Ledger() for g in plan.groups}
         self._served: dict[int, tuple[tuple[str, int], ...]] = {0: ()}
@@ -224,14 +224,17 @@ class Checker:
             raise Broken(8, f"{g.id} is given up with {len(spent)} of {limit} restarts spent")
 
     def _may_launch(self, g: GroupState, ledger: Ledger, policy: Any) -> None:
-        now = self.time.now
+        now, counted = self.time.now, list[int]()
         for kind, times, limit in (
             ("run-time failures", ledger.runtime, policy.max_restarts),
             ("start-up failures", ledger.start, policy.max_start_failures),
         ):
             recent = [t for t in times if now - t < policy.window_s]
+            counted.append(len(recent))
             if len(recent) > limit:
                 raise Broken(8, f"{g.id} is launched after {len(recent)} {kind}, {limit} are allowed")
+        before = self.spent.get(g.id, (0, 0))
+        self.spent[g.id] = max(before[0], counted[0]), max(before[1], counted[1])
         if self.cluster.job_ending and not any(s.srun_lives and s.key.group != g.id for s in self.cluster.steps):
             ended_at = self.cluster.job_ended_at
             if now - ended_at > MARGIN_S and g.marks.seen_at is not None and g.marks.seen_at >= ended_at:

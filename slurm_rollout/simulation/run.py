@@ -56,6 +56,7 @@ class Case:
     peace_at: float  # when the faults end
     load_s: tuple[float, float] = (20.0, 60.0)
     job_ends: bool = False  # at the end the job is killed, instead of told to end
+    stops: bool = False  # when the faults end the clock stops; a fleet that failed before stays down
 
 
 @dataclass(slots=True)
@@ -72,7 +73,9 @@ class Outcome:
     terms: int = 0
     recoveries: list[tuple[str, float, str]] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
-    ready_group_s: float = 0.0
+    ready_s: dict[str, float] = field(default_factory=dict)  # group -> seconds
+    spent: dict[str, tuple[int, int]] = field(default_factory=dict)  # group -> most restarts, start failures in a window
+    failed_at: float | None = None  # the fleet failed for the first time
 
 
 START = 1000.0
@@ -147,7 +150,8 @@ class Fleet:
         self.ticks = 0
         self._second = self._ticks_in_second = 0
         self.terms = 0
-        self.ready_group_s = 0.0
+        self.ready_s: dict[str, float] = dict.fromkeys((g.id for g in self.plan.groups), 0.0)
+        self.first_failed_at: float | None = None
         self.peace = False
         self.unwell_at = START  # when the coordinator was last not able to do its work
         self._ready_since: dict[str, float] = {}
@@ -225,12 +229,14 @@ class Fleet:
         now = self.time.now
         serving = {g["id"] for g in document["groups"] if g["serving"]}
         for group in [g for g in self._ready_since if g not in serving]:
-            self.ready_group_s += now - self._ready_since.pop(group)
+            self.ready_s[group] += now - self._ready_since.pop(group)
         for group in serving:
             self._ready_since.setdefault(group, now)
         self.time.after(self.chance.between(0.05, 5.0, "poll", len(self.files.versions), now), self._poll)
         if document["phase"] == PoolPhase.FAILED and self._failed_at is None:
             self._failed_at = now
+            self._ended |= self.case.stops
+            self.first_failed_at = self.first_failed_at or now
             self.note("the fleet failed: the supervisor ends `up`")
             self.time.after(TRAINER_AFTER_FAILURE_S, self._drain)
 
@@ -426,6 +432,9 @@ class Fleet:
         self._keep_polling()
         self.start_coordinator()
         time.run(case.peace_at)
+        if case.stops:
+            self._count_ready()
+            return
         self._make_peace()
         self._all_become_ready()
         self._end()
@@ -531,8 +540,11 @@ class Fleet:
         for g in mine.state.groups:
             if max((*g.runtime_failures, *g.start_failures), default=0.0) > ended_at:
                 raise Broken(8, f"{g.id} was charged for the end of the job")
-        for since in self._ready_since.values():
-            self.ready_group_s += self.time.now - since
+        self._count_ready()
+
+    def _count_ready(self) -> None:
+        for group, since in self._ready_since.items():
+            self.ready_s[group] += self.time.now - since
         self._ready_since.clear()
 
 
@@ -565,8 +577,14 @@ def run(case: Case) -> Outcome:
     outcome.hours = (fleet.time.now - START) / 3600.0
     outcome.ticks, outcome.terms, outcome.faults = fleet.ticks, fleet.terms, len(case.faults)
     outcome.recoveries, outcome.failures = fleet.checker.recoveries, fleet.checker.failures
-    outcome.ready_group_s = fleet.ready_group_s
+    outcome.ready_s, outcome.spent = fleet.ready_s, fleet.checker.spent
+    outcome.failed_at = fleet.first_failed_at
     return outcome
+
+
+def play_seed(seed: int, hours: float) -> Outcome:
+    """Play the case that a seed stands for."""
+    return run(make_case(seed, hours=hours))
 
 
 def _line(at: float, words: Sequence[object]) -> str:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from slurm_rollout.simulation.run import Case, Outcome, make_case, run
+from slurm_rollout.simulation.run import Case, Outcome, play_seed
 from slurm_rollout.simulation.shrink import shrink
 
 HOURS = 0.5
@@ -23,7 +23,7 @@ TRACE_LINES = 40
 def play(seeds: Sequence[int] | Iterator[int], hours: float) -> Iterator[Outcome]:
     """Yield the outcome of each seed."""
     for seed in seeds:
-        yield run(make_case(seed, hours=hours))
+        yield play_seed(seed, hours)
 
 
 def report(outcome: Outcome) -> str:

@@ -52,7 +52,10 @@ class FakeSlurmError(RuntimeError):
 class FakeSlurm:
     """A fake cluster of `nodes` nodes `n1` … with `cpus` CPUs and `gpus` GPUs each; a context manager.
 
-    Names and meanings are those of `SlurmCluster` where both have them. The nodes are names of this host.
+    Names and meanings are those of `SlurmCluster` where both have them. The nodes are names of this host. `commands` is
+    the folder of srun and its like, `env` a whole environment with that folder on its PATH.
+
+    The faults can also be set by another process, through a FakeSlurm of the same `root` that it does not start.
 
     Args:
         root: a folder of its own, made where it is missing; it stays. `home` is in it.
@@ -91,6 +94,7 @@ class FakeSlurm:
         self.python = Path(sys.executable)
         self.user = user_name()
         self._folder = self.root / "slurm"
+        self.commands = self._folder / "bin"
         self._config = {
             "folder": str(self._folder),
             "nodes": self.nodes,
@@ -107,7 +111,7 @@ class FakeSlurm:
         self._controller: subprocess.Popen[bytes] | None = None
         self._forget_faults()
         self.env = {
-            "PATH": f"{self._folder / 'bin'}:{self.python.parent}:{SYSTEM_PATH}",
+            "PATH": f"{self.commands}:{self.python.parent}:{SYSTEM_PATH}",
             "HOME": str(self.home),
             "USER": self.user,
             "LOGNAME": self.user,
@@ -129,8 +133,7 @@ class FakeSlurm:
             raise FakeSlurmError("it was started already")
         self.home.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
-        bin_ = self._folder / "bin"
-        bin_.mkdir(parents=True)
+        self.commands.mkdir(parents=True)
         package = str(Path(slurm_rollout.__file__).parent.parent)
         for program in PROGRAMS:
             alone = program == "srun"
@@ -140,8 +143,8 @@ class FakeSlurm:
                 module="srun" if alone else "client",
                 arguments=repr(str(self._folder)) if alone else f"{program!r}, {str(self._folder)!r}",
             )
-            (bin_ / program).write_text(stub)
-            (bin_ / program).chmod(0o755)
+            (self.commands / program).write_text(stub)
+            (self.commands / program).chmod(0o755)
         log = self._folder / "slurmctld.log"
         code = f"import sys; sys.path.insert(0, {package!r}); from slurm_rollout.testing.fake_slurm import controller"
         with log.open("wb") as errors:

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,9 +153,17 @@ class Controller:
                 self.sruns[found.pid] = found.started
         delay_s = self.faults.slow.get(program, 0.0)
         if delay_s:
-            self.after(delay_s, lambda: self._reached(client))
+            self.after(delay_s, lambda: self._guarded(client))
         else:
+            self._guarded(client)
+
+    def _guarded(self, client: Client) -> None:
+        """Answer, and let no mistake of ours end the whole cluster."""
+        try:
             self._reached(client)
+        except Exception:
+            why = f"fake_slurm: {client.request['argv']} met a mistake of the fake:\n{traceback.format_exc()}"
+            client.send({"say": why, "exit": 1, "err": why, "code": 1})
 
     def _reached(self, client: Client) -> None:
         """Answer, or not: a controller that is away is seen only after the command's patience."""

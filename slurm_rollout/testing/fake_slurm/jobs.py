@@ -48,7 +48,10 @@ def _sbatch(c: Controller, request: dict[str, Any]) -> Reply:
         )
         return Reply(err="".join(f"sbatch: error: {w}\n" for w in words), code=1)
     given = _directives(script) | given
-    tasks, per_task = int(given.get("ntasks", 1)), int(given.get("cpus-per-task", 1))
+    tasks, per_task, per_node = (
+        options.number("sbatch", name, given) for name in ("ntasks", "cpus-per-task", "ntasks-per-node")
+    )
+    tasks, per_task = tasks or 1, per_task or 1
     # Without --nodes as few as can be.
     count = _count(given) if "nodes" in given else max(1, -(-tasks * per_task // c.cpus))
     if "ntasks" not in given:
@@ -71,13 +74,13 @@ def _sbatch(c: Controller, request: dict[str, Any]) -> Reply:
         gpus=_gpus(given),
         cpus=per_task,
         exclusive="exclusive" in given,
-        tasks_per_node=int(given.get("ntasks-per-node") or -(-tasks // count)),
+        tasks_per_node=per_node or -(-tasks // count),
         comment=given.get("comment", ""),
         requeue="no-requeue" not in given,
         no_kill="no-kill" in given and given["no-kill"] != "off",
         time_limit_s=_seconds(given["time"]) if "time" in given else None,
     )
-    if job.gpus > c.gpus or "held" in given:
+    if job.gpus > c.gpus:
         no = "Requested node configuration is not available"
         return Reply(err=f"sbatch: error: Batch job submission failed: {no}\n", code=1)
     c.next_job += 1
@@ -119,14 +122,15 @@ def _gpus(given: dict[str, str]) -> int:
 
 def _seconds(text: str) -> float:
     """Return a time limit such as 30, 1:30, 2:00:00, 1-12 in seconds."""
-    days, dash, rest = text.rpartition("-")
-    parts = [int(p) for p in rest.split(":")]
-    if dash:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
-    if len(parts) == 3:
-        return (parts[0] * 60 + parts[1]) * 60 + parts[2]
-    return parts[0] * 60 + (parts[1] if len(parts) > 1 else 0)
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not found:
+        raise options.BadOption("sbatch: error: Invalid --time specification", 255)
+    days, *parts = (int(part or 0) for part in found.groups())
+    if found[1] or found[4]:
+        hours, minutes, seconds = parts
+    else:
+        (minutes, seconds, _), hours = parts, 0
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 # --------------------------------------------------------------------------------------------------------------- start

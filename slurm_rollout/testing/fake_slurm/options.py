@@ -68,6 +68,14 @@ def parse(program: str, table: str, argv: Sequence[str], *, permute: bool = Fals
     return options, rest
 
 
+def number(program: str, name: str, given: Mapping[str, str]) -> int:
+    """Return an option's number; 0 where it is not given."""
+    text = given.get(name, "0")
+    if not text.isdigit():
+        raise BadOption(f'{program}: error: Invalid numeric value "{text}" for --{name}.', 1)
+    return int(text)
+
+
 def _letters(
     program: str,
     word: str,

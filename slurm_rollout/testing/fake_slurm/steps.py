@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,10 @@ def _given(request: dict[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
     for name, known in (("export", ("ALL",)), ("input", ("all", "none"))):
         if given.get(name, known[0]) not in known:
             raise options.BadOption(f"fake_slurm: does not know srun --{name}={given[name]}, only {', '.join(known)}")
+    for name in ("ntasks", "ntasks-per-node", "cpus-per-task"):
+        options.number("srun", name, given)
+    if not re.fullmatch(r"(\d+(-\d+)?)?", given.get("nodes", "")):
+        raise options.BadOption(f'srun: error: "{given["nodes"]}" is not a valid node count', 255)
     return given, tuple(argv)
 
 
@@ -157,7 +162,7 @@ def _plan(c: Controller, client: Client, wish: Wish) -> tuple[Step, dict[str, li
     if c.faults.disabled:
         raise Busy
     nodes, tasks = _nodes_and_tasks(c, client, wish)
-    per_task = _number("cpus-per-task", given)
+    per_task = options.number("srun", "cpus-per-task", given)
     exact = "exact" in given or bool(per_task)
     layout = _layout(nodes, tasks)
     cpus = {n: len(layout[n]) * (per_task or 1) if exact else job.cpus_of[n] for n in nodes}
@@ -205,11 +210,9 @@ def _nodes_and_tasks(c: Controller, client: Client, wish: Wish) -> tuple[tuple[s
     if any(n not in usable for n in wanted):
         raise Refused(unable(job, "Requested node configuration is not available"))
     low, _, high = given.get("nodes", "").partition("-")
-    count = int(high or low or 0) if (low + high).isdigit() else 0
-    if given.get("nodes") and not count:
-        raise Refused(f'srun: error: "{given["nodes"]}" is not a valid node count\n')
-    tasks = _number("ntasks", given)
-    per_node = _number("ntasks-per-node", given)
+    count = int(high or low or 0)
+    tasks = options.number("srun", "ntasks", given)
+    per_node = options.number("srun", "ntasks-per-node", given)
     if count > len(job.nodes):
         raise Refused(f"srun: error: Only allocated {len(job.nodes)} nodes asked for {count}\n")
     if not count:
@@ -236,7 +239,7 @@ def _nodes_and_tasks(c: Controller, client: Client, wish: Wish) -> tuple[tuple[s
     if per_node and tasks > per_node * count:
         raise Refused(unable(job, "Requested node configuration is not available"))
     nodes = tuple(n for n in job.nodes if n in chosen)
-    if tasks * (_number("cpus-per-task", given) or 1) > sum(job.cpus_of[n] for n in nodes) and (
+    if tasks * (options.number("srun", "cpus-per-task", given) or 1) > sum(job.cpus_of[n] for n in nodes) and (
         "overcommit" not in given
     ):
         raise Refused(unable(job, "More processors requested than permitted"))
@@ -275,10 +278,3 @@ def _gpus(wish: Wish) -> int:
             + unable(job, "Invalid generic resource (gres) specification")
         )
     return int(number)
-
-
-def _number(name: str, given: dict[str, str]) -> int:
-    text = given.get(name, "")
-    if text and not text.isdigit():
-        raise Refused(f'srun: error: Invalid numeric value "{text}" for --{name}.\n')
-    return int(text or 0)
