@@ -193,23 +193,32 @@ def test_srun_killed_ends_its_step_through_its_twin_and_both_killed_leave_it(fak
     wait_for("no task", lambda: not other.tasks)
 
 
-def test_a_stopped_srun_stops_the_output_but_not_the_task(fake_slurm: FakeSlurm, job: str) -> None:
-    script = "echo up; i=0; while :; do i=$((i+1)); echo $i > count; sleep 0.02; done"
-    step = Step(fake_slurm, job, script=script).up()
-    os.kill(step.srun.pid, signal.SIGSTOP)
+def test_a_stopped_srun_holds_its_task_up_once_the_buffers_are_full(fake_slurm: FakeSlurm, job: str) -> None:
+    script = "i=0; while :; do i=$((i+1)); echo $i > count; head -c 65536 /dev/zero; done"
+    step = Step(fake_slurm, job, script=script)
     count = fake_slurm.home / "count"
-    seen = wait_for("a count", lambda: count.exists() and count.read_text())
-    wait_for("it goes on", lambda: count.read_text() not in ("", seen))
+
+    def counted() -> int:
+        return int(count.read_text() or 0) if count.exists() else 0
+
+    wait_for("the first writes", counted)  # nobody reads what srun writes: it is held up, too
+    wait_for("a halt", lambda: counted() == (time.sleep(0.3), counted())[1])
+    os.kill(step.srun.pid, signal.SIGSTOP)
+    halted_at = counted()
+    assert halted_at < 40
     os.kill(step.srun.pid, signal.SIGCONT)
-    step.srun.terminate()
-    assert step.ends()[0] == 137
+    assert step.srun.stdout
+    step.srun.stdout.buffer.read(65536 * (halted_at + 1))
+    wait_for("it goes on", lambda: counted() > halted_at)
 
 
 def test_what_daemonises_ends_with_its_step(fake_slurm: FakeSlurm, job: str) -> None:
-    step = Step(fake_slurm, job, script="(setsid sleep 601 >/dev/null 2>&1 &); echo up; exec sleep 600").up()
-    daemon = fake_slurm.user_pids("sleep 601")
-    assert len(daemon) >= 1
-    fake_slurm.run(["scancel", step.id])
+    step = Step(
+        fake_slurm, job, script="(setsid sleep 601 >/dev/null 2>&1 &); echo up; until [ -e go ]; do :; done"
+    ).up()
+    wait_for("the daemon", lambda: fake_slurm.user_pids("sleep 601"))
+    (fake_slurm.home / "go").touch()
+    assert step.ends() == (0, "")
     wait_for("its end", lambda: not fake_slurm.user_pids("sleep 601"))
 
 
@@ -313,6 +322,7 @@ def test_stuck_completing(fake_slurm: FakeSlurm, job: str) -> None:
     code, said = step.ends()
     assert code == 0
     assert "Timed out" in said
+    assert "Killed" not in said
     assert step.id == step_id
     fake_slurm.heal()
     wait_for("no step", lambda: not step.id)
@@ -416,13 +426,15 @@ def test_a_node_that_is_none(fake_slurm: FakeSlurm) -> None:
 # -------------------------------------------------------------------------------------------------- nothing left behind
 
 OWNER = """\
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from slurm_rollout.testing.fake_slurm import FakeSlurm
 slurm = FakeSlurm(Path(sys.argv[1])).start()
 job = slurm.sbatch("#!/bin/bash\\nsrun --overlap sh -c '(setsid sleep 602 &); echo >> up; exec sleep 600'\\n", "-N4")
 slurm.wait_job(job, "RUNNING")
 outside = slurm.popen(["srun", f"--jobid={job}", "--overlap", "-N1", "sh", "-c", "echo >> up; exec sleep 603"])
+if sys.argv[2] != "controller killed":  # which leaves nobody who knows of a stopped one
+    outside.send_signal(signal.SIGSTOP)
 while not (slurm.home / "up").exists() or (slurm.home / "up").read_text() != 5 * "\\n":
     time.sleep(0.02)
 print("up", flush=True)
@@ -446,7 +458,7 @@ def started_under(root: Path) -> list[proc.Proc]:
 @pytest.mark.parametrize("how", ["stop", "owner killed", "controller killed", "controller told to end"])
 def test_no_process_is_left(tmp_path: Path, how: str) -> None:
     owner: subprocess.Popen[str] = subprocess.Popen(
-        [sys.executable, "-c", OWNER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", OWNER, str(tmp_path), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert owner.stdin
     assert owner.stdout
@@ -469,6 +481,17 @@ def test_no_process_is_left(tmp_path: Path, how: str) -> None:
         for stream in (owner.stdin, owner.stdout):
             stream.close()
     assert not started_under(tmp_path)
+
+
+def test_what_a_dead_daemon_of_a_step_leaves_ends_with_the_cluster(tmp_path: Path) -> None:
+    with FakeSlurm(tmp_path) as slurm:
+        job = slurm.sbatch("#!/bin/bash\nexec sleep 604\n")
+        pids = wait_for("the script", lambda: slurm.user_pids("sleep 604"))
+        (script,) = [found for pid in pids if (found := proc.read(pid))]
+        os.kill(script.parent, signal.SIGKILL)
+        wait_for("the end of the job", lambda: slurm.job_state(job) == "COMPLETED")
+        assert proc.lives(script.pid, script.started)
+    assert not proc.lives(script.pid, script.started)
 
 
 def test_two_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:

@@ -260,6 +260,13 @@ class SlurmLab(FakeLab):
         (pid,) = [p for p in self.cluster.user_pids("", self.cluster.nodes[rank]) if _inner_pid(p) == pid_there]
         return pid
 
+    def disk_full(self, full: bool) -> None:
+        # As the user: a limit of somebody else's process needs a capability that root in a container may lack.
+        pid = _inner_pid(self.fleet.coordinator())
+        self.cluster.in_node(
+            self.cluster.nodes[0], ["prlimit", f"--pid={pid}", f"--fsize={0 if full else 'unlimited'}:"]
+        )
+
     def accepts(self, rank: int, port: int) -> bool:
         code = f"import socket; s=socket.socket(); s.settimeout(1); print(s.connect_ex(('127.0.0.1', {port})))"
         done = self.cluster.in_node(self.cluster.nodes[rank], [self.cluster.python, "-c", code])

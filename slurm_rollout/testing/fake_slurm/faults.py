@@ -136,7 +136,7 @@ def join(c: Controller, node: str) -> None:
             for order in daemon.postponed:
                 c.order(daemon, **order)
             daemon.postponed.clear()
-            if was_down or daemon.gone or step.job.steps.get(step.id) is not step:
+            if was_down:
                 _kill_survivor(daemon)
     if was_cut or was_down:
         jobs.schedule(c)
