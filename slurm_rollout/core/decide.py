@@ -39,7 +39,8 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
     groups = []
     for before in run.groups:
         ctx, out = contexts[before.id], Out()
-        g = replace(before, steps=_with_pids(before.steps, ctx.seen))
+        steps = _with_pids(before.steps, ctx.seen)
+        g = before if steps is before.steps else replace(before, steps=steps)
         if run.ending:
             g = _end_group(ctx, run, g)
         g = advance(ctx, g, out)
@@ -155,24 +156,31 @@ def _end_group(ctx: Context, run: RunState, g: GroupState) -> GroupState:
 
 def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Context]:
     """Return each group's context. Facts of another incarnation than the group's own are left out."""
+    observed = {g.id: g for g in obs.groups}
     seen = {}
     for g in run.groups:
-        found = obs.group(g.id)
+        found = observed.get(g.id)
         if found is None or found.incarnation != g.incarnation:
             found = GroupObservation(id=g.id, incarnation=g.incarnation)
         seen[g.id] = found
-    contexts = {}
-    for g in run.groups:
-        group = plan.group(g.id)
-        contexts[g.id] = Context(
-            plan=plan, pool=plan.pool(group.pool), group=group, obs=obs, seen=seen[g.id], others_live=False
+    living = {g.id for g in run.groups if has_living_steps(seen[g.id])}
+    suspect = _most_time_out(run, seen)
+    return {
+        group.id: Context(
+            plan=plan,
+            pool=pool,
+            group=group,
+            obs=obs,
+            seen=seen[group.id],
+            others_live=bool(living - {group.id}),
+            ask_agents=suspect,
         )
-    living = {g.id for g in run.groups if has_living_steps(contexts[g.id], g)}
-    suspect = _most_time_out(run, contexts)
-    return {i: replace(c, others_live=bool(living - {i}), ask_agents=suspect) for i, c in contexts.items()}
+        for pool in plan.pools
+        for group in pool.groups
+    }
 
 
-def _most_time_out(run: RunState, contexts: dict[str, Context]) -> bool:
+def _most_time_out(run: RunState, seen: dict[str, GroupObservation]) -> bool:
     """Tell whether more than half of the groups whose steps all run time out: then we are the suspect, not they.
 
     A step that ended convicts its own group and nobody else: others may time out because we are cut off from them.
@@ -180,12 +188,10 @@ def _most_time_out(run: RunState, contexts: dict[str, Context]) -> bool:
     While it holds anybody back, a suspicion lasts until nobody times out: the restart of a group that its own agent
     gave up must not convict the others.
     """
-    alive = [contexts[g.id].seen for g in run.groups if g.phase in ALIVE]
-    seen = [g for g in alive if all(s.exit is None and s.process is Process.RUNNING for s in g.steps)]
-    late = [s for s in seen if any(e.failures and not e.refusals for e in s.endpoints)]
-    # One that said "no" is no witness either way: it may be out of reach since then.
-    seen = [s for s in seen if s in late or not any(e.refusals for e in s.endpoints)]
-    return bool(late) and (2 * len(late) > len(seen) or run.suspect_self_since is not None)
+    alive = [seen[g.id] for g in run.groups if g.phase in ALIVE]
+    whole = [g for g in alive if all(s.exit is None and s.process is Process.RUNNING for s in g.steps)]
+    late = [g for g in whole if any(e.failures and not e.refusals for e in g.endpoints)]
+    return bool(late) and (2 * len(late) > len(whole) or run.suspect_self_since is not None)
 
 
 def _suspect_self(run: RunState, contexts: dict[str, Context], obs: Observation, events: list[Event]) -> RunState:
@@ -199,7 +205,7 @@ def _suspect_self(run: RunState, contexts: dict[str, Context], obs: Observation,
     if not any(o >= 0 for o in over):
         if run.suspect_self_since is not None and run.suspect_self_told:
             events.append(Event(type="sighted", reason="probes", message="probes are believed again"))
-        return replace(run, suspect_self_since=None, suspect_self_told=False)
+        return run if run.suspect_self_since is None else replace(run, suspect_self_since=None, suspect_self_told=False)
     if run.suspect_self_since is None:
         run = replace(run, suspect_self_since=obs.now, suspect_self_told=False)
     # The agents look as often as we do, but not at the same moment: they get one more period to agree.
@@ -226,6 +232,8 @@ def _note_blindness(run: RunState, obs: Observation, events: list[Event]) -> Run
 
 def _with_pids(steps: tuple[StepState, ...], seen: GroupObservation) -> tuple[StepState, ...]:
     """Remember which process holds each step, for the next coordinator."""
+    if all(s.pid is not None for s in steps):
+        return steps
     found = {(s.node, s.sweep): s for s in seen.steps if s.pid is not None}
     return tuple(
         replace(s, pid=found[s.node, s.sweep].pid, pid_started=found[s.node, s.sweep].pid_started)

@@ -219,9 +219,9 @@ def ended(ctx: Context, g: GroupState, step: StepObservation) -> bool | None:
     return name not in listing.names and step.pid not in listing.pids
 
 
-def has_living_steps(ctx: Context, g: GroupState) -> bool:
+def has_living_steps(seen: GroupObservation) -> bool:
     """Tell whether anything of the group runs, as far as its own processes on the batch host tell."""
-    return any(s.exit is None and s.process is Process.RUNNING for s in ctx.seen.steps)
+    return any(s.exit is None and s.process is Process.RUNNING for s in seen.steps)
 
 
 # ------------------------------------------------------------------------------------------------------------- handlers
@@ -402,7 +402,8 @@ def _serving(ctx: Context, g: GroupState, out: Out) -> GroupState:
     slow = any(e.slow for e in ctx.seen.endpoints)
     if slow and not g.slow:
         out.events.append(event(g, "slow", "answers late, but its progress counter moves: left alone"))
-    g = replace(g, slow=slow)
+    if slow is not g.slow:
+        g = replace(g, slow=slow)
     refusing = [e for e in ctx.seen.endpoints if e.refusals >= ctx.pool.probe.readiness_failure_threshold]
     if g.phase is Phase.READY and refusing:
         worst = refusing[0]

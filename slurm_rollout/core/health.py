@@ -61,8 +61,8 @@ def fold(endpoint: Endpoint, result: ProbeResult) -> Endpoint:
         endpoint,
         mismatch=result.mismatch or endpoint.mismatch,
         answers=False,
-        # a late answer says neither yes nor no
-        refusals=endpoint.refusals + 1 if result.answered else endpoint.refusals,
+        # a late answer says neither yes nor no, but it is no "no" either: the row ends
+        refusals=endpoint.refusals + 1 if result.answered else 0,
         last_error=result.error,
     )
     return _fold_liveness_failure(after, result) if result.kind == "liveness" else after

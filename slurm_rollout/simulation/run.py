@@ -74,7 +74,9 @@ class Outcome:
     recoveries: list[tuple[str, float, str]] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
     ready_s: dict[str, float] = field(default_factory=dict)  # group -> seconds
-    spent: dict[str, tuple[int, int]] = field(default_factory=dict)  # group -> most restarts, start failures in a window
+    spent: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # group -> most restarts, start failures in a window
     failed_at: float | None = None  # the fleet failed for the first time
 
 
@@ -154,6 +156,7 @@ class Fleet:
         self.first_failed_at: float | None = None
         self.peace = False
         self.unwell_at = START  # when the coordinator was last not able to do its work
+        self._serving: dict[str, int] = {}  # group -> incarnation, by the barrier
         self._ready_since: dict[str, float] = {}
         self._first_term = 1
         self._restart_count = 0
@@ -188,6 +191,7 @@ class Fleet:
         if self.coordinator is not None:
             self.coordinator.probing.disturb(incarnation)
         self.local.disturb(incarnation)
+        self._note_use(incarnation.plan.id)
 
     def _on_launch(self, step: Step) -> None:
         self.note("srun", step.name, "by term", step.term)
@@ -221,17 +225,24 @@ class Fleet:
             self.note("   ->", action)
         self.checker.committed(before, obs, decision)
 
+    def _note_use(self, group: str) -> None:
+        """Count the time in which a group is offered to the trainer, and really works: a hang that nobody saw is lost."""
+        number, now = self._serving.get(group), self.time.now
+        useful = number is not None and self.cluster.incarnations[group, number].works
+        if useful and group not in self._ready_since:
+            self._ready_since[group] = now
+        elif not useful and group in self._ready_since:
+            self.ready_s[group] += now - self._ready_since.pop(group)
+
     def opened(self, term: int) -> None:
         self.checker.opened(term)
 
     def _on_barrier(self, document: dict[str, Any]) -> None:
         self.checker.wrote(document)
         now = self.time.now
-        serving = {g["id"] for g in document["groups"] if g["serving"]}
-        for group in [g for g in self._ready_since if g not in serving]:
-            self.ready_s[group] += now - self._ready_since.pop(group)
-        for group in serving:
-            self._ready_since.setdefault(group, now)
+        self._serving = {g["id"]: g["incarnation"] for g in document["groups"] if g["serving"]}
+        for group in self.plan.groups:
+            self._note_use(group.id)
         self.time.after(self.chance.between(0.05, 5.0, "poll", len(self.files.versions), now), self._poll)
         if document["phase"] == PoolPhase.FAILED and self._failed_at is None:
             self._failed_at = now
