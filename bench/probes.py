@@ -4,8 +4,10 @@
 
 A sweep is the readiness of all endpoints, due at once: from `set_targets` until every endpoint that answers is proved.
 A verdict is what a hang costs: all endpoints are probed for liveness, some stop answering, and each must reach the
-threshold within `period + threshold * max(period, timeout)`; an endpoint that answers must never fail. The prober is
-the coordinator's own, in a fresh process for each row. Then the HTTP clients that are importable, by themselves.
+threshold within `period + threshold * max(period, timeout)`; an endpoint that answers must never fail. These times are
+a tenth of the defaults, so liveness takes ten times the CPU: where others want it too, the prober notices that it lags
+and counts nothing meanwhile, and verdicts come late. The prober is the coordinator's own, in a fresh process for each
+row. Then the HTTP clients that are importable, by themselves.
 
 The endpoints are as many ports of one other process on loopback, which parses nothing and says what CPU it took.
 """

@@ -21,6 +21,7 @@ FAILED = pytest.StashKey[bool]()
 """Whether a test failed, for fixtures that then tell why."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Scenarios may run beside one another; the tests of any other file share its ports, and keep to one worker."""
     for item in items:

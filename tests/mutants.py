@@ -106,8 +106,16 @@ MUTANTS = (
     Mutant(
         "charge_at_the_jobs_end",
         "core/group.py",
-        "        charge=failure if charged else None,\n",
-        "        charge=None,\n",
+        "        charge=failure if charged else None,\n"
+        "        goes_to=Phase.FAILED if spent else Phase.FENCING,\n"
+        "        not_before=now + delay,\n"
+        "        runtime_failures=runtime,\n"
+        "        start_failures=start,\n",
+        "        charge=None,\n"
+        "        goes_to=Phase.FAILED if spent else Phase.FENCING,\n"
+        "        not_before=now + delay,\n"
+        "        runtime_failures=(*runtime, now) if charged and not failure.startup else runtime,\n"
+        "        start_failures=(*start, now) if charged and failure.startup else start,\n",
     ),
     Mutant(
         "never_charge",

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -53,11 +53,20 @@ def no_open_sruns() -> Iterator[None]:
 class Step:
     """An srun beside the job's script, whose task says `up` and then sleeps."""
 
-    def __init__(self, slurm: FakeSlurm, job: str, name: str = "server", *, node: str = "n2", script: str = "") -> None:
+    def __init__(
+        self,
+        slurm: FakeSlurm,
+        job: str,
+        name: str = "server",
+        *,
+        node: str = "n2",
+        script: str = "",
+        options: Sequence[str] = (),
+    ) -> None:
         self.slurm, self.job, self.name = slurm, job, name
         command = script or "echo up; exec sleep 600"
-        options = [f"--jobid={job}", "--overlap", "-N1", "-w", node, "--job-name", name]
-        self.srun = slurm.popen(["srun", *options, "sh", "-c", command])
+        line = ["srun", f"--jobid={job}", "--overlap", "-N1", "-w", node, "--job-name", name, *options]
+        self.srun = slurm.popen([*line, "sh", "-c", command])
         OPEN.append(self.srun)
 
     def up(self) -> Step:
@@ -194,21 +203,23 @@ def test_srun_killed_ends_its_step_through_its_twin_and_both_killed_leave_it(fak
 
 
 def test_a_stopped_srun_holds_its_task_up_once_the_buffers_are_full(fake_slurm: FakeSlurm, job: str) -> None:
-    script = "i=0; while :; do i=$((i+1)); echo $i > count; head -c 65536 /dev/zero; done"
-    step = Step(fake_slurm, job, script=script)
+    script = "echo up >&2; i=0; while :; do i=$((i+1)); echo $i > count; head -c 65536 /dev/zero; done"
+    step = Step(fake_slurm, job, script=script, options=["--output=/dev/null", "--error=/dev/stdout"]).up()
     count = fake_slurm.home / "count"
 
     def counted() -> int:
         return int(count.read_text() or 0) if count.exists() else 0
 
-    wait_for("the first writes", counted)  # nobody reads what srun writes: it is held up, too
-    wait_for("a halt", lambda: counted() == (time.sleep(0.3), counted())[1])
+    def stands() -> bool:
+        before = counted()
+        time.sleep(0.3)
+        return counted() == before
+
+    wait_for("more than the buffers hold", lambda: counted() > 40)
     os.kill(step.srun.pid, signal.SIGSTOP)
+    wait_for("a halt", lambda: stands() and stands() and counted() > 40)
     halted_at = counted()
-    assert halted_at < 40
     os.kill(step.srun.pid, signal.SIGCONT)
-    assert step.srun.stdout
-    step.srun.stdout.buffer.read(65536 * (halted_at + 1))
     wait_for("it goes on", lambda: counted() > halted_at)
 
 
@@ -409,13 +420,30 @@ def test_a_node_that_is_cut_off_for_a_moment_loses_nothing(fake_slurm: FakeSlurm
     assert step.ends()[0] == 137
 
 
-def test_a_node_that_comes_back_after_it_was_given_up_ends_what_survived(fake_slurm: FakeSlurm, job: str) -> None:
-    step = Step(fake_slurm, job).up()
+@pytest.mark.parametrize("survives", [True, False], ids=["job goes on", "job ends"])
+def test_a_node_that_comes_back_after_it_was_given_up_ends_what_survived(fake_slurm: FakeSlurm, survives: bool) -> None:
+    options = ["--no-kill"] if survives else ["--no-requeue"]
+    job = fake_slurm.sbatch("#!/bin/bash\nexec sleep 600\n", "--nodes=2", "--exclusive", *options)
+    fake_slurm.wait_job(job, "RUNNING")
+    step = Step(fake_slurm, job, script="trap : TERM; echo up; while :; do sleep 0.05; done").up()
     fake_slurm.cut_node("n2", after_s=0.1)
     assert "Node failure on n2" in step.ends()[1]
+    if not survives:
+        fake_slurm.wait_job(job, "NODE_FAIL")
     assert step.tasks
     fake_slurm.join_node("n2")
     wait_for("no task", lambda: not step.tasks)
+
+
+def test_a_job_with_no_kill_outlives_the_node_of_its_script(fake_slurm: FakeSlurm, job: str) -> None:
+    step, beside = Step(fake_slurm, job).up(), Step(fake_slurm, job, "beside", node="n1").up()
+    fake_slurm.kill_node("n1", after_s=0.1)
+    wait_for("the loss of its step", lambda: not beside.id)
+    assert fake_slurm.job_state(job) == "RUNNING"
+    assert not fake_slurm.user_pids("slurm_script")
+    shown = fake_slurm.run(["scontrol", "-o", "show", "step", job]).stdout
+    assert f"StepId={job}.batch " in shown, "as measured: 22.05.8"
+    assert step.id
 
 
 def test_a_node_that_is_none(fake_slurm: FakeSlurm) -> None:
@@ -433,10 +461,10 @@ slurm = FakeSlurm(Path(sys.argv[1])).start()
 job = slurm.sbatch("#!/bin/bash\\nsrun --overlap sh -c '(setsid sleep 602 &); echo >> up; exec sleep 600'\\n", "-N4")
 slurm.wait_job(job, "RUNNING")
 outside = slurm.popen(["srun", f"--jobid={job}", "--overlap", "-N1", "sh", "-c", "echo >> up; exec sleep 603"])
-if sys.argv[2] != "controller killed":  # which leaves nobody who knows of a stopped one
-    outside.send_signal(signal.SIGSTOP)
 while not (slurm.home / "up").exists() or (slurm.home / "up").read_text() != 5 * "\\n":
     time.sleep(0.02)
+if sys.argv[2] != "controller killed":  # which leaves nobody who knows of a stopped one
+    outside.send_signal(signal.SIGSTOP)
 print("up", flush=True)
 sys.stdin.read()
 slurm.stop()

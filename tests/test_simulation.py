@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -17,20 +20,20 @@ from pathlib import Path
 
 import pytest
 
+from slurm_rollout.cli import simulate as simulate_cli
 from slurm_rollout.core.plan import Counter, FleetPlan, ProbePolicy, ProbeRequest, RestartPolicy
 from slurm_rollout.simulation.faults import KINDS, Fault
+from slurm_rollout.simulation.rates import Rates, forecast
 from slurm_rollout.simulation.run import START, Case, Outcome, make_case, play_seed, run
 from slurm_rollout.simulation.shrink import shrink
 from slurm_rollout.simulation.soak import report
+from slurm_rollout.store import load_plan
+from slurm_rollout.testing.fleet import LocalFleet, stub_spec
 from slurm_rollout.testing.world import make_plan
 from tests.mutants import MUTANTS, by_simulation, plant
 
 SEEDS = 600
 HOURS = 0.5
-
-WAITS_FOR_A_FIX = {
-    546,  # a "no" of before the coordinator was cut off keeps the group from being counted as cut off
-}
 
 
 def plan(groups: int, members: int, *, threshold: int = 4, budget: int = 5) -> FleetPlan:
@@ -64,8 +67,7 @@ def test_no_seed_breaks_an_invariant() -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         outcomes = list(pool.map(functools.partial(play_seed, hours=HOURS), range(SEEDS), chunksize=20))
     for outcome in outcomes:
-        if outcome.case.seed not in WAITS_FOR_A_FIX:
-            fine(outcome)
+        fine(outcome)
     assert {o.case.seed for o in outcomes} == set(range(SEEDS))
     assert sum(o.hours for o in outcomes) >= SEEDS * HOURS
     assert sum(len(o.recoveries) for o in outcomes) > SEEDS
@@ -91,6 +93,12 @@ KEPT = {
     ),
     "an srun that lies while the coordinator is cut off": case(
         plan(2, 2), Fault(1215.4, "batch_host_is_cut_off", for_s=176.3), Fault(1369.1, "srun_lies", where=0.1)
+    ),
+    # A "no" of before kept a group from being counted as cut off, and then from being believed with the others.
+    "a no before the coordinator is cut off": case(
+        plan(3, 1, threshold=2),
+        Fault(1842.4, "engines_answer_no", 0.4, 0.0, 13.8),
+        Fault(1854.5, "batch_host_is_cut_off", for_s=258.8),
     ),
     # Everything was down and Slurm was away: the loop looked at the ports hundreds of times a second.
     "all is down and slurm is away": case(
@@ -122,6 +130,92 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_what_once_broke_does_not_again(name: str) -> None:
     fine(run(KEPT[name]))
+
+
+# ------------------------------------------------------------------------------------------------- beside the real one
+
+
+def lost_s(fleet: LocalFleet, group: str, number: int) -> float:
+    """Signal rank 0 of a group that serves, and return how long it takes until its next incarnation does."""
+    fleet.wait_serving(group, 1)
+    began = time.monotonic()
+    fleet.kill(group, 0, number)
+    fleet.wait_serving(group, 2)
+    return time.monotonic() - began
+
+
+def test_it_agrees_with_a_real_run(tmp_path: Path) -> None:
+    """A crash and a hang of stub engines on the local backend, and the same two in the simulation."""
+    load_s = 1.0
+    text = stub_spec(groups=2, load_s=load_s, base=19000, pool="stop.snapshot_s = 0")
+    with LocalFleet(tmp_path).start(text) as fleet:
+        real = lost_s(fleet, "actor/0", signal.SIGKILL), lost_s(fleet, "actor/1", signal.SIGSTOP)
+        plan = load_plan(fleet.run)
+
+    def simulated(kind: str) -> tuple[float, float]:
+        """The shortest and the longest: it depends on when the fault meets the probes."""
+        begins = [START + 30.0 + 0.1 * n for n in range(12)]
+        cases = [
+            Case(seed=0, plan=plan, faults=faults, peace_at=START + 60.0, load_s=(load_s, load_s), stops=True)
+            for faults in [(), *((Fault(at, kind),) for at in begins)]
+        ]
+        ready = [fine(run(c)).ready_s["actor/0"] for c in cases]
+        lost = [ready[0] - r for r in ready[1:]]
+        return min(lost), max(lost)
+
+    for took_s, kind in zip(real, ("engine_dies", "engine_hangs"), strict=True):
+        least_s, most_s = simulated(kind)
+        # The noise of a machine that is busy with other tests makes the real one slower, never faster.
+        assert least_s - 0.3 <= took_s <= most_s + 1.0, (
+            f"{kind}: {took_s:.2f} s, simulated {least_s:.2f} to {most_s:.2f}"
+        )
+
+
+def test_a_forecast_adds_up() -> None:
+    rates = Rates(crash_h=20.0, hang_h=0.0, node_h=0.0, slurm_h=0.0, coordinator_h=0.0)
+    found = forecast(plan(4, 2), rates, hours=24.0, load_s=60.0, fleets=10, seed=0)
+    (pool,) = found.pools
+    assert found.failures.keys() == {"engine_exited"}
+    assert found.failures["engine_exited"] == pytest.approx(24.0 * 8 / 20.0, rel=0.4)
+    assert pool.recoveries == pytest.approx(found.failures["engine_exited"], rel=0.1)
+    assert pool.recovery_median_s == pytest.approx(60.0, abs=8.0)
+    # The first start, and a load for each crash; a crash while it loads costs what was left of that.
+    assert pool.lost_group_h == pytest.approx((4 + pool.recoveries) * 60.0 / 3600.0, rel=0.15)
+    assert found == forecast(plan(4, 2), rates, hours=24.0, load_s=60.0, fleets=10, seed=0)
+
+
+def test_a_lost_node_stays_lost_unless_there_is_a_spare() -> None:
+    rates = Rates(crash_h=0.0, hang_h=0.0, node_h=300.0, slurm_h=0.0, coordinator_h=0.0)
+    without, spared = (
+        forecast(plan(4, 2), rates, hours=24.0, load_s=60.0, fleets=10, seed=0, spare_nodes=n).pools[0] for n in (0, 1)
+    )
+    assert without.availability < spared.availability
+    assert without.start_failures_spent == without.start_failures_limit
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(stub_spec(groups=2, load_s=1.0))
+
+    def simulate(*args: str) -> int:
+        parser = argparse.ArgumentParser()
+        simulate_cli.add_parser(parser.add_subparsers())
+        parsed = parser.parse_args(["simulate", str(path), "--hours=4", "--fleets=3", "--load=20", "--crash=2", *args])
+        return int(parsed.run(parsed))
+
+    assert simulate("--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    choices = {c["choice"]: c for c in told["choices"]}
+    assert list(choices) == ["as planned", "one more spare", "liveness threshold -1", "liveness threshold +1"]
+    (pool,) = choices["as planned"]["pools"]
+    assert 0.9 < pool["availability"] < 1.0
+    assert 1 <= pool["restarts_spent"] <= pool["restarts_limit"] == 5
+    assert simulate() == 0
+    text = capsys.readouterr().out
+    assert "3 fleets of 2 groups (4 members), 4 h each" in text
+    assert f"{pool['availability']:.3%}" in text
+    assert simulate("--seed=7", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["choices"][0]["pools"] != choices["as planned"]["pools"]
 
 
 # ------------------------------------------------------------------------------------------------- the simulator itself

@@ -49,7 +49,8 @@ examples:
   slurm-rollout restart actor/0
   slurm-rollout wait --for ready --timeout 3600
 
-`slurm-rollout COMMAND --help` tells more. Exit codes: 0 fine, 1 could not do it or could not observe, 2 usage."""
+`slurm-rollout COMMAND --help` tells more. Exit codes: 0 fine, 1 could not do it or could not observe, 2 usage.
+What each failure looks like, and what to do: docs/troubleshooting.md."""
 
 
 def main(argv: list[str] | None = None) -> int:

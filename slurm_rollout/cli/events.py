@@ -26,7 +26,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "events",
         description="Prints the events of a run, those of earlier coordinators first. With -f it goes on, also over "
-        "a change of coordinator, until the run has ended or Ctrl-C.",
+        "a change of coordinator, until the run has ended or Ctrl-C. A line: time, group.incarnation, event, reason, "
+        "rank@node, message, seconds that stages took. docs/troubleshooting.md explains each event.",
+        epilog="Exit codes: 0; 1 not all of it could be read (only `status` is open to other users); 2 usage.",
         add_help=False,
     )
     add_help(parser)

@@ -28,7 +28,10 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "logs",
         description="Prints the end of the engine logs of a group's newest incarnation, or of one member's. Lines of "
-        "several members are marked `rank| `. With -f it goes on, over restarts too, until Ctrl-C.",
+        "several members are marked `rank| `. With -f it goes on, over restarts too, until Ctrl-C. Logs of the last "
+        "incarnations of a group are kept, 5 unless the spec says otherwise.",
+        epilog="Exit codes: 0; 1 no logs yet, or they cannot be read (only `status` is open to other users); 2 usage, "
+        "no such group, member or incarnation.",
         add_help=False,
     )
     add_help(parser)

@@ -27,7 +27,7 @@ _VERBS = {
     "stopped group starts again with a fresh budget.",
     "drain": "Ends every process of the groups and keeps them stopped until `resume` or `restart`.",
     "resume": "Starts drained or failed groups again, with a fresh budget; one in backoff starts without waiting.",
-    "stop": "Ends every group and then the run.",
+    "stop": "Ends every group and then the run; a trainer then gets TERM, and KILL 10 s later.",
 }
 
 
@@ -36,7 +36,10 @@ def add_parser(subparsers: Any) -> None:
     for verb, description in _VERBS.items():
         parser = subparsers.add_parser(
             verb,
-            description=f"{description} Exit codes: 0 the coordinator agreed, 1 it refused or did not answer, 2 usage.",
+            description=f"{description} A request that is not answered stays, and is obeyed when a coordinator is "
+            "back.",
+            epilog="Exit codes: 0 the coordinator took it; its answer says what comes of it, perhaps nothing. 1 it "
+            "refused or did not answer; 2 usage.",
             add_help=False,
         )
         add_help(parser)

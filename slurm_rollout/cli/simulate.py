@@ -81,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _hours(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0.0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"hours, or 0 for never, are needed, not {text!r}")
     return value

@@ -35,9 +35,11 @@ Shows the last word of the run's coordinator, and how old it is. Times are as of
 BUDGET is restarts left/of within the window; where a start-up failed, start-up failures follow: left/of.
 NEXT is what time will bring, and in how long: launch (after a backoff), go (engines start when every node is
 fenced), give_up (loading takes too long), cancel (Slurm ends what the agents did not).
+MESSAGE is what keeps a group from going on, LAST FAILURE is history: it stays when the group is ready again.
+"Blind": Slurm does not answer. "Suspects itself": most groups time out at once, so only the agents are believed.
 
 Exit codes: 0 all groups ready, 3 some not (or the run has ended), 4 unknown: no heartbeat of the coordinator
-for 120 s, or no status file that can be read; 1, 2 as everywhere."""
+for 120 s, or no status file that can be read; 1, 2 as everywhere. What to do: docs/troubleshooting.md."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,7 +51,9 @@ def add_parser(subparsers: Any) -> None:
     add_run_options(parser)
     parser.add_argument("--json", action="store_true", help="the whole document, with `meta` and `errors`")
     parser.add_argument("-h", "--noheader", action="store_true", help="only the rows of the groups")
-    parser.add_argument("-i", "--iterate", type=float, metavar="SECONDS", help="repeat, with the time, until Ctrl-C")
+    parser.add_argument(
+        "-i", "--iterate", type=float, metavar="SECONDS", help="repeat, with the time, until Ctrl-C; at least 5"
+    )
     parser.set_defaults(run=run_status)
 
 

@@ -31,8 +31,8 @@ Let it be the last line of the batch script, with `exec`: otherwise TERM, the ti
 only, and the fleet is killed without a word to the trainer."""
 
 EPILOG = """\
-exit codes: the trainer's (127 not found, 126 no program, 128 + n ended by signal n); 0 drained; 1 could not do it;
-2 wrong spec or usage, nothing was started; 70 the fleet failed
+exit codes: the trainer's (127 not found, 126 no program, 128 + n ended by signal n); 0 drained; 1 could not start,
+or not all of it ended; 2 wrong spec or usage, nothing was started; 70 the fleet failed
 
 examples:
   exec slurm-rollout up fleet.toml -- python train.py

@@ -32,7 +32,10 @@ Answer = Literal["ok", "late", "no", "refused"]
 class Engine:
     """One server process (with its children)."""
 
-    __slots__ = ("alive", "frozen", "half", "incarnation", "killed", "listens", "member", "unkillable_until", "up")
+    __slots__ = (
+        *("alive", "detached", "frozen", "half", "incarnation"),
+        *("killed", "listens", "member", "unkillable_until", "up"),
+    )
 
     def __init__(self, member: Member, incarnation: Incarnation) -> None:
         self.member = member
@@ -43,6 +46,7 @@ class Engine:
         self.frozen = False  # SIGSTOP, or an all-to-all that waits for ever
         self.half = False  # HTTP lives, generation is dead
         self.killed = False
+        self.detached = False  # it outlives an agent that is killed, and its step
         self.unkillable_until = 0.0  # in the kernel, with its ports and its GPU memory
 
 
@@ -117,6 +121,7 @@ class Node:
     lost: bool = False  # Slurm gave it up: no step of this job starts there again
     back_at: float = 0.0
     deaf_until: float = 0.0  # agents there hear no signal
+    late_until: float = 0.0  # signals take seconds
     gpu_stuck_until: float = 0.0
     strangers: dict[int, float] = field(default_factory=dict)  # port -> held until
     engines: list[Engine] = field(default_factory=list)  # living ones
@@ -148,6 +153,7 @@ class Cluster:
         self.cancels_lost_until = 0.0
         self.refuses_launches_until = 0.0
         self.batch_host_cut_until = 0.0
+        self.blind_until = 0.0  # the batch host has no descriptor left to look at a port
         self.job_ending = False
         self.job_ended_at = 0.0
         self.questions = 0
@@ -284,6 +290,14 @@ class Cluster:
         node = self.nodes[step.key.node]
         return step.srun_lives and not node.cut and self.time.now >= node.deaf_until
 
+    def signal(self, step: Step, *, stop: bool) -> None:
+        """SIGUSR1 or SIGUSR2 to an srun, which forwards it."""
+        hear = self.usr1 if stop else self.usr2
+        if self.time.now < self.nodes[step.key.node].late_until:
+            self.time.after(self.chance.between(0.5, 8.0, "signal", step.key, self.time.now), lambda: hear(step))
+        else:
+            hear(step)
+
     def usr2(self, step: Step) -> None:
         """Go; when the engines run already, a snapshot."""
         if not self.hears(step):
@@ -373,7 +387,8 @@ class Cluster:
             return
         self._bury(step)
         for engine in step.engines:
-            self.kill(engine)
+            if not engine.detached:
+                self.kill(engine)
         self._step_ends(step, 137)
 
     def _bury(self, step: Step) -> None:
@@ -542,8 +557,9 @@ class Cluster:
         return step
 
     def exits(self) -> dict[tuple[int, int], int]:
-        """Return what the supervisor reaped: (pid, start time) to exit code."""
-        return {(s.pid, s.pid): s.code for s in self.steps if s.code is not None}
+        """Return what the supervisor could write down of what it reaped: (pid, start time) to exit code."""
+        ended = [s for s in self.steps if s.code is not None and self.chance.between(0.0, 1.0, "exit", s.pid) < 0.5]
+        return {(s.pid, s.pid): s.code for s in ended if s.code is not None}
 
     def _forget(self) -> None:
         self.steps = [s for s in self.steps if s.listed or s.srun_lives or s.lives]

@@ -175,10 +175,7 @@ class SimSteps(Steps):
         for step in self._of(action):
             held = self._truth[step.key]
             if step.process is Process.RUNNING and held.srun_lives:
-                if isinstance(action, Stop):
-                    self._cluster.usr1(held)
-                else:
-                    self._cluster.usr2(held)
+                self._cluster.signal(held, stop=isinstance(action, Stop))
 
     def detach(self) -> None:
         """The sruns go on."""
@@ -552,15 +549,13 @@ class Coordinator:
         late = any(self._cluster.unreachable(n) for n in group.nodes)
 
         def done() -> None:
-            self._ports[group_id] = (
-                g.since,
-                tuple(
-                    f"{group.addresses[m.node]}:{p}"
-                    for m in group.members
-                    for p in m.fenced_ports
-                    if self._cluster.accepts(self._cluster.nodes[m.node], p)
-                ),
+            found = tuple(
+                f"{group.addresses[m.node]}:{p}"
+                for m in group.members
+                for p in m.fenced_ports
+                if self._cluster.accepts(self._cluster.nodes[m.node], p)
             )
+            self._ports[group_id] = g.since, None if self._time.now < self._cluster.blind_until else found
 
         self._begin(f"ports {group_id}", (PORT_TIMEOUT_S if late else 0.002) + self._again_s(group_id), done)
 

@@ -202,6 +202,16 @@ def agent_is_killed(fleet: Fleet, fault: Fault) -> None:
 
 
 @kind(2)
+def process_is_left_behind(fleet: Fleet, fault: Fault) -> None:
+    """The agent is killed, and one engine had detached itself: it goes on, with its port, when its step has ended."""
+    if (engine := engine_of(fleet, fault)) is not None:
+        engine.detached = True
+        step = engine.incarnation.steps[engine.member.node]
+        engine.incarnation.hurt("died", fleet.time.now)
+        fleet.cluster.agent_killed(step)
+
+
+@kind(2)
 def srun_is_killed(fleet: Fleet, fault: Fault) -> None:
     """Its twin ends the step two seconds later."""
     if (step := step_of(fleet, fault)) is not None:
@@ -247,6 +257,11 @@ def node_is_lost(fleet: Fleet, fault: Fault) -> None:
 @kind(2, 2, 120)
 def agents_are_deaf(fleet: Fleet, fault: Fault) -> None:
     fleet.cluster.nodes[node_of(fleet, fault)].deaf_until = fleet.time.now + fault.for_s
+
+
+@kind(2, 5, 200)
+def agents_hear_late(fleet: Fleet, fault: Fault) -> None:
+    fleet.cluster.nodes[node_of(fleet, fault)].late_until = fleet.time.now + fault.for_s
 
 
 @kind(2, 5, 200)
@@ -325,6 +340,12 @@ def batch_host_is_cut_off(fleet: Fleet, fault: Fault) -> None:
     """The coordinator reaches no engine; srun's own connections outlive it."""
     fleet.cluster.batch_host_cut_until = fleet.time.now + fault.for_s
     fleet.disturb_all()
+
+
+@kind(2, 5, 200)
+def ports_cannot_be_looked_at(fleet: Fleet, fault: Fault) -> None:
+    """The batch host has no descriptor left: nothing is observed of any port."""
+    fleet.cluster.blind_until = fleet.time.now + fault.for_s
 
 
 @kind(2, 5, 300)

@@ -185,7 +185,8 @@ class Checker:
                     self._charge(ledger)
                 self.failures[event.reason] = self.failures.get(event.reason, 0) + 1
                 self._justify(old, event, obs)
-                charged = new.charge is not None or new.goes_to is Phase.FAILED
+                booked = now in new.runtime_failures or now in new.start_failures
+                charged = new.charge is not None or new.goes_to is Phase.FAILED or booked
                 kind = "start" if new.failure.startup else "runtime"
                 if not charged and new.failure.reason not in UNCHARGED:
                     raise Broken(8, f"{new.id}: {event.reason} is not charged")

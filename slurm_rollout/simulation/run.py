@@ -41,6 +41,7 @@ from slurm_rollout.testing.world import make_plan
 COORDINATOR_STARTS_S = 0.3
 TRAINER_AFTER_FAILURE_S = 60.0
 NEXT_UP_S = 30.0
+TRAINER_LOOKS_S = 8.0  # after a fault: long enough for a coordinator that is well to have seen a crash
 PEACE_MARGIN_S = 20.0
 TRACE_LINES = 3000
 SPIN = 1000
@@ -226,9 +227,10 @@ class Fleet:
         self.checker.committed(before, obs, decision)
 
     def _note_use(self, group: str) -> None:
-        """Count the time in which a group is offered to the trainer, and really works: a hang that nobody saw is lost."""
+        """Count the time in which a group is offered to the trainer, and works: a hang that nobody saw is lost."""
         number, now = self._serving.get(group), self.time.now
-        useful = number is not None and self.cluster.incarnations[group, number].works
+        truth = None if number is None else self.cluster.incarnations.get((group, number))
+        useful = truth is not None and truth.works
         if useful and group not in self._ready_since:
             self._ready_since[group] = now
         elif not useful and group in self._ready_since:
@@ -274,6 +276,7 @@ class Fleet:
         self.unwell_at = self.time.now
         made = Coordinator(self.plan, self.cluster, self.files, self.time, term, self, self._on_end)
         self.coordinator = made
+        self.time.after(TRAINER_LOOKS_S, self._poll)
         try:
             made.start()
         except OSError:
@@ -455,6 +458,7 @@ class Fleet:
             self.note("FAULT", fault)
             self._note_health()
             fault_kinds.KINDS[fault.kind].do(self, fault)
+            self.time.after(TRAINER_LOOKS_S, self._poll)
 
     def _make_peace(self) -> None:
         now = self.time.now
@@ -462,13 +466,13 @@ class Fleet:
         self.peace = True
         cluster = self.cluster
         cluster.slurm_away_until = cluster.slurm_slow_until = cluster.cancels_lost_until = 0.0
-        cluster.refuses_launches_until = cluster.batch_host_cut_until = 0.0
+        cluster.refuses_launches_until = cluster.batch_host_cut_until = cluster.blind_until = 0.0
         self.files.full_until = self.files.errors_until = 0.0
         self.slow_starts.clear()
         for node in cluster.nodes.values():
             if node.cut:
                 cluster.rejoin(node.name)
-            node.deaf_until = node.gpu_stuck_until = 0.0
+            node.deaf_until = node.late_until = node.gpu_stuck_until = 0.0
             node.strangers.clear()
         for step in cluster.steps:
             cluster.relink(step)

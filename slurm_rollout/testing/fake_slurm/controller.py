@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm_rollout import proc
-from slurm_rollout.testing.fake_slurm import faults, jobs, launch, show, stepd, steps, wire
+from slurm_rollout.testing.fake_slurm import faults, jobs, launch, options, show, stepd, steps, tables, wire
 from slurm_rollout.testing.fake_slurm.model import Daemon, Faults, Job, Node, Reply, Step
 
 
@@ -183,9 +183,10 @@ class Controller:
                 # What its twin is told is too late for srun.
                 self.after(self.config["twin_s"], lambda: launch.cancel(self, step))
             return Reply()
-        if program in ("sbatch", "scancel"):
-            return jobs.answer(self, request)
-        return show.answer(self, request)
+        try:
+            return COMMANDS[program](self, request)
+        except options.BadOption as e:
+            return Reply(err=f"{e}\n", code=e.code)
 
     def step(self, label: str) -> Step | None:
         job, _, step = label.partition(".")
@@ -210,12 +211,10 @@ class Controller:
 
     def order(self, daemon: Daemon, **order: object) -> None:
         """Tell a daemon something; one on a cut node hears it when that is back."""
-        if daemon.gone:
-            return
         if self.nodes[daemon.node].cut:
             daemon.postponed.append(order)
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has ended
             daemon.control.sendall(wire.line(order))
 
     def _reported(self, step: Step, daemon: Daemon, lines: wire.Lines) -> None:
@@ -264,6 +263,15 @@ class Controller:
         below = {p.pid for p in proc.descendants(os.getpid())} - daemons
         sruns = {pid for pid, started in self.sruns.items() if proc.lives(pid, started)}
         return sorted(below | sruns)
+
+
+COMMANDS: dict[str, Callable[[Controller, dict[str, Any]], Reply]] = {
+    "sbatch": jobs.sbatch,
+    "scancel": jobs.scancel,
+    "scontrol": show.scontrol,
+    "squeue": tables.squeue,
+    "sinfo": tables.sinfo,
+}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from slurm_rollout.testing.fake_slurm import jobs, launch, show, stepd, steps, wire
+from slurm_rollout.testing.fake_slurm import jobs, launch, stepd, steps, tables
 from slurm_rollout.testing.fake_slurm.model import NO_CONTACT, Daemon, Faults, Job, Reply, Step
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def unreachable(request: dict[str, Any]) -> Reply:
                 "error": "Unspecified error",
                 "source": "slurm_load_jobs",
             }
-            return Reply(out=show.json_document([], [error]))
+            return Reply(out=tables.json_document([], [error]))
         case "squeue":
             stepwise = any(a in ("-s", "--steps") or a.startswith(("--steps=", "-s")) for a in argv)
             call = "slurm_get_job_steps" if stepwise else "slurm_load_jobs"
@@ -131,20 +131,13 @@ def join(c: Controller, node: str) -> None:
     was_cut, was_down = found.cut, found.down
     found.cut = found.dead = found.down = False
     if was_cut:
-        for step, daemon in _there(c, node):
+        for _, daemon in _there(c, node):
             c.order(daemon, cut=False)
             for order in daemon.postponed:
                 c.order(daemon, **order)
             daemon.postponed.clear()
-            if was_down:
-                _kill_survivor(daemon)
     if was_cut or was_down:
         jobs.schedule(c)
-
-
-def _kill_survivor(daemon: Daemon) -> None:
-    with contextlib.suppress(OSError):
-        daemon.control.sendall(wire.line({"signal": int(signal.SIGKILL)}))
 
 
 def lose(c: Controller, node: str) -> None:
@@ -180,4 +173,5 @@ def _lose_in(c: Controller, job: Job, node: str) -> None:
         lost = [d for d in step.daemons if d.node == node]
         delay_s = 0.0 if job.state == "COMPLETING" or len(step.nodes) > 1 else c.config["lost_step_s"]
         for daemon in lost:
+            c.order(daemon, signal=signal.SIGKILL)  # which it hears when it is back
             c.after(delay_s, partial(c.drop, step, daemon))

@@ -19,18 +19,10 @@ if TYPE_CHECKING:
 INVALID = "Invalid job id specified"
 
 
-def answer(c: Controller, request: dict[str, Any]) -> Reply:
-    """Answer sbatch and scancel."""
-    try:
-        return _sbatch(c, request) if request["program"] == "sbatch" else _scancel(c, request)
-    except options.BadOption as e:
-        return Reply(err=f"{e}\n", code=e.code)
-
-
 # -------------------------------------------------------------------------------------------------------------- sbatch
 
 
-def _sbatch(c: Controller, request: dict[str, Any]) -> Reply:
+def sbatch(c: Controller, request: dict[str, Any]) -> Reply:
     given, argv = options.parse("sbatch", options.SBATCH, request["argv"])
     if "version" in given:
         return Reply(out=f"{steps.VERSION}\n")
@@ -308,7 +300,7 @@ def requeue(c: Controller, job: Job) -> bool:
 # ------------------------------------------------------------------------------------------------------------- scancel
 
 
-def _scancel(c: Controller, request: dict[str, Any]) -> Reply:
+def scancel(c: Controller, request: dict[str, Any]) -> Reply:
     given, targets = options.parse("scancel", options.SCANCEL, request["argv"], permute=True)
     if "version" in given:
         return Reply(out=f"{steps.VERSION}\n")

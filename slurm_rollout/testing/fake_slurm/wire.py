@@ -12,7 +12,7 @@ import socket
 from typing import Any
 
 SOCKET = "controller"
-MAX_FDS = 64
+MAX_FDS = 253  # the kernel's SCM_MAX_FD
 HEADER = 9
 """Bytes of a frame's header: its kind, a task or signal number, the length of what follows."""
 
