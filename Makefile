@@ -30,7 +30,10 @@ lint: $(STAMP) ## ruff, mypy --strict, import contracts
 	$(BIN)/lint-imports
 
 test: $(STAMP) lint ## everything: lint, unit tests, local backend, fake Slurm, and real Slurm where it is installed
-	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadgroup $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses=$(WORKERS) $(PYTEST_ARGS)
+
+soak: $(STAMP) ## simulate seed after seed until stopped
+	$(BIN)/python -m slurm_rollout.simulation.soak
 
 dist: $(STAMP) ## wheel and sdist into dist/
 	$(BIN)/python -m build --outdir dist .
@@ -38,4 +41,4 @@ dist: $(STAMP) ## wheel and sdist into dist/
 clean: ## remove what make made
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup demo lint test dist clean
+.PHONY: help setup demo lint test soak dist clean

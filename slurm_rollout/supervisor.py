@@ -133,6 +133,9 @@ class Supervisor:
             self._start_trainer()
         if barrier == "failed" and self._code is None:
             self._on_fleet_failed(now)
+        elif barrier == "ready" and self._code is None and self._failed_at is not None:
+            log.warning("the fleet is ready again: somebody restarted it in time")
+            self._failed_at = None
         if now >= self._kill_trainer_at:
             self._signal_trainer(signal.SIGKILL)
         self._tell_coordinator()

@@ -9,6 +9,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from slurm_rollout.testing.slurm_cluster import SlurmCluster, SlurmClusterError, wait_until, why_unavailable
 
@@ -21,12 +23,15 @@ FAILED = pytest.StashKey[bool]()
 """Whether a test failed, for fixtures that then tell why."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
     """Scenarios may run beside one another; the tests of any other file share its ports, and keep to one worker."""
-    for item in items:
-        if "scenarios" not in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if "scenarios/" in nodeid else nodeid.split("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -94,8 +94,8 @@ MUTANTS = (
     Mutant(
         "restart_a_saturated_engine",
         "core/health.py",
-        "        failures, slow = 0, not result.answered\n",
-        "        failures += 1\n",
+        "    return _fold_liveness_failure(after, result) if result.kind",
+        "    return replace(after, failures=after.failures + 1) if result.kind",
     ),
     Mutant(
         "never_suspect_itself",

@@ -1,7 +1,7 @@
 """The fake Slurm by itself: its faults, and that nothing of it is ever left behind. What it says is compared with real
 Slurm in test_conformance.py.
 
-Ports: 33000 to 34999.
+Ports: 18000 to 18999 (the test clusters have networks of their own).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def fleet(fake_slurm: FakeSlurm, request: pytest.FixtureRequest) -> Iterator[Slu
 
 
 def test_a_fleet_comes_up_recovers_and_ends(fake_slurm: FakeSlurm, fleet: SlurmFleet[FakeSlurm]) -> None:
-    fleet.start(stub_spec(groups=2, base=33000, control=fleet.control, more='[nodes]\naddress = "127.0.0.1"'))
+    fleet.start(stub_spec(groups=2, base=18000, control=fleet.control, more='[nodes]\naddress = "127.0.0.1"'))
     fleet.wait_phase("ready")
     other = fleet.engine("actor/1", 0)
     fleet.kill("actor/0", 1)

@@ -837,12 +837,12 @@ def test_the_sweep_names_who_holds_the_port_and_so_does_the_failure() -> None:
     w.tick(1.1)
     w.change(G, "n1", sweep=True, spoke=True, waiting_for="port 18000 is held by pid 3 (jupyter) of user eve")
     w.tick()
-    assert w.group().message == "port 18000 is held by pid 3 (jupyter) of user eve"
+    assert w.group().message == "n1: port 18000 is held by pid 3 (jupyter) of user eve"
     assert w.events("fence_waits")[-1].message == w.group().message
     w.heal(lambda: bool(w.events("failure")))
     failure = w.events("failure")[0]
     assert failure.reason == Reason.PORT_BUSY
-    assert failure.message.startswith("not free after 20 s: port 18000 is held by pid 3")
+    assert failure.message.startswith("not free after 20 s: n1: port 18000 is held by pid 3")
 
 
 def test_a_fence_that_fails_is_a_start_failure_with_backoff_and_then_the_group_has_failed() -> None:

@@ -124,7 +124,7 @@ def test_refusals_count_answers_that_say_no(results: list[ProbeResult], refusals
         ([timed_out(baseline=5, counter=5), timed_out(baseline=5, counter=6)], 0, True),
         ([timed_out(baseline=5, counter=6), timed_out(baseline=6, counter=6)], 1, False),
         ([timed_out(baseline=5, counter=5), timed_out(baseline=7, counter=7)], 1, False),
-        ([timed_out(baseline=5, counter=5), timed_out(baseline=7)], 1, False),
+        ([timed_out(baseline=5, counter=5), timed_out(baseline=7)], 0, False),
         ([timed_out(baseline=5, counter=5), timed_out(counter=5)], 2, False),
         ([timed_out(baseline=5, counter=5), timed_out(), timed_out(counter=5)], 3, False),
         ([timed_out(baseline=5, counter=5), timed_out(counter=6)], 0, True),

@@ -20,6 +20,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "run": {
         "plan": ("plan", "show what a spec means: groups, nodes, ports, the exact srun lines; starts nothing"),
         "up": ("up", "run the fleet (and the trainer) inside the allocation, in the foreground"),
+        "simulate": ("simulate", "what a spec will go through: recoveries, time lost, availability"),
         "demo": ("demo", "see a crash and a hang being recovered, on this machine, without Slurm"),
     },
     "look": {

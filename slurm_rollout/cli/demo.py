@@ -153,8 +153,9 @@ def _strike(run: RunDir, what: str, group: str, rank: int, number: signal.Signal
         environ = proc.environ(process.pid)
         wanted = {"ROLLOUT_RUN_DIR": str(run.path), "ROLLOUT_GROUP": group, "ROLLOUT_RANK": str(rank)}
         if wanted.items() <= environ.items():
+            at = time.time()
             os.kill(process.pid, number)
-            return Fault(what=what, group=group, rank=rank, at=time.time())
+            return Fault(what=what, group=group, rank=rank, at=at)
     raise DemoFailed(f"{group} rank {rank} has no process")
 
 

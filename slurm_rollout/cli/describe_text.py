@@ -227,7 +227,7 @@ def _exits(i: Mapping[str, Any]) -> Iterator[str]:
             facts = [fact for fact in facts if fact not in message] + (["out of memory"] if step["oom"] else [])
             text = message if message.startswith(step["cause"]) else f"{step['cause']}: {message}"
             text += f" ({', '.join(facts)})" if facts else ""
-        elif i["end"] is not None and i["logs"]["kept"]:
+        elif i["end"] is not None and (i["logs"]["kept"] or step["srun"]):
             text = "no exit record" + (f"; srun: {_one_line(step['srun'])}" if step["srun"] else "")
         else:
             continue

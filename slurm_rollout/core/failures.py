@@ -55,6 +55,8 @@ def find_failure(
         failed_nodes = {s.node for s in seen.steps if s.exit is not None or s.process is not Process.RUNNING}
         silent = {e.rank for e in seen.endpoints if e.failures}
         peers = tuple(m.rank for m in group.members if m.rank not in {rank, *silent} and m.node not in failed_nodes)
+        if rank is None:  # nobody knows who was well
+            peers = ()
         return Found(
             failure=Failure(
                 reason=reason,

@@ -243,7 +243,7 @@ def _fencing(ctx: Context, g: GroupState, out: Out) -> GroupState:
         return g
     if not busy and not sweeping:
         return _fenced(ctx, g, out)
-    waiting_for = next((s.waiting_for for s in sweeps if s.waiting_for), "")
+    waiting_for = next((f"{s.node}: {s.waiting_for}" for s in sweeps if s.waiting_for), "")
     message = waiting_for or f"{', '.join(busy)} still accepts connections" if busy else g.message
     if now >= deadline:
         if sweeping:
@@ -486,7 +486,8 @@ def _settle(ctx: Context, g: GroupState, out: Out) -> GroupState:
     what = "start-up failures" if g.failure and g.failure.startup else "restarts"
     policy = ctx.pool.restart
     limit = policy.max_start_failures if g.failure and g.failure.startup else policy.max_restarts
-    message = f"{limit} {what} within {policy.window_s:g} s are spent; last: {g.failure.message if g.failure else ''}"
+    spent = f"{limit} {what} within {policy.window_s:g} s are spent" if limit else f"no {what} are allowed"
+    message = f"{spent}; last: {g.failure.message if g.failure else ''}"
     out.events.append(event(g, "failed", message, reason=Reason.BUDGET_SPENT))
     return to(ctx, g, Phase.FAILED, Reason.BUDGET_SPENT, message, charge=None, **_NO_STEPS)
 

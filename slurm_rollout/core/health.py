@@ -71,13 +71,15 @@ def fold(endpoint: Endpoint, result: ProbeResult) -> Endpoint:
 def _fold_liveness_failure(endpoint: Endpoint, result: ProbeResult) -> Endpoint:
     """A failed probe counts unless the progress counter moved; progress between two failures starts the count anew."""
     failures, slow = endpoint.failures, False
-    since = endpoint.last_counter
+    since, moved = endpoint.last_counter, False
     if result.baseline is not None:
-        if since is not None and result.baseline != since:
+        moved = since is not None and result.baseline != since
+        if moved:
             failures = 0
         since = result.baseline
     if result.counter is None:
-        failures += 1  # nothing but the failure was observed
+        # Nothing but the failure was observed; of an engine that worked within this very probe the next one tells.
+        failures += not moved
     elif since is None:
         slow = endpoint.slow  # one look cannot tell whether it moves; the next failure can
     elif result.counter != since:

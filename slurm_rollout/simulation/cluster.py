@@ -7,13 +7,13 @@ the truth may be late, lost or a lie. Times that are not given are those measure
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from slurm_rollout.core.model import Job, Listing
 from slurm_rollout.core.names import step_name
-from slurm_rollout.core.plan import FleetPlan, GroupPlan, Member
+from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.simulation.clock import Chance, Timeline
+from slurm_rollout.simulation.parts import Engine, Incarnation, Node, Step
 from slurm_rollout.steps import Key
 
 AGENT_STARTS_S = 0.06
@@ -27,106 +27,6 @@ NODE_DOWN_S = 300.0  # SlurmdTimeout
 GIVES_UP_S = 9.0  # srun, while slurmctld does not answer
 
 Answer = Literal["ok", "late", "no", "refused"]
-
-
-class Engine:
-    """One server process (with its children)."""
-
-    __slots__ = (
-        *("alive", "detached", "frozen", "half", "incarnation"),
-        *("killed", "listens", "member", "unkillable_until", "up"),
-    )
-
-    def __init__(self, member: Member, incarnation: Incarnation) -> None:
-        self.member = member
-        self.incarnation = incarnation
-        self.alive = True
-        self.listens = False
-        self.up = False
-        self.frozen = False  # SIGSTOP, or an all-to-all that waits for ever
-        self.half = False  # HTTP lives, generation is dead
-        self.killed = False
-        self.detached = False  # it outlives an agent that is killed, and its step
-        self.unkillable_until = 0.0  # in the kernel, with its ports and its GPU memory
-
-
-class Incarnation:
-    """The truth about one start of a group."""
-
-    def __init__(self, plan: GroupPlan, number: int, load_s: float) -> None:
-        self.plan = plan
-        self.number = number
-        self.load_s = load_s
-        self.steps: dict[str, Step] = {}
-        self.engines: dict[int, Engine] = {}
-        self.works = False
-        self.changed_at = 0.0  # of `works`
-        self.worked_at: float | None = None  # for the first time
-        self.busy_until = 0.0  # saturated: answers come late, work goes on
-        self.refuses_until = 0.0
-        self.proved: set[int] = set()  # ranks that answered a real request
-        self.hurt_at: dict[str, float] = {}  # what was done to it, and when last
-
-    @property
-    def id(self) -> tuple[str, int]:
-        return self.plan.id, self.number
-
-    def hurt(self, how: str, now: float) -> None:
-        self.hurt_at[how] = now
-
-
-class Step:
-    """One srun and what it started."""
-
-    def __init__(self, key: Key, name: str, pid: int, term: int, incarnation: Incarnation, now: float) -> None:
-        self.key = key
-        self.name = name
-        self.pid = pid
-        self.term = term
-        self.incarnation = incarnation
-        self.launched_at = now
-        self.srun_lives = True
-        self.srun_linked = True  # False: nothing that the agent says arrives any more
-        self.code: int | None = None
-        self.ended_at: float | None = None  # of srun
-        self.stderr = ""
-        self.agent = "none"  # none, fencing, fenced, serving, ending, dead
-        self.listed = False
-        self.kill_on_return = False  # told to a node that cannot hear it
-        self.reports: list[dict[str, Any]] = []  # in srun's output file
-        self.unsent: list[dict[str, Any]] = []
-        self.waits_for = ""
-        self.snapshot_taken = False
-        self.was_fenced = False
-
-    @property
-    def engines(self) -> list[Engine]:
-        return [e for e in self.incarnation.engines.values() if e.member.node == self.key.node and not self.key.sweep]
-
-    @property
-    def lives(self) -> bool:
-        """Whether an agent or an engine of it really lives."""
-        return self.agent not in ("none", "dead") or any(e.alive for e in self.engines)
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether it lives, and not only as a process that Slurm could not end and has forgotten."""
-        return self.agent not in ("none", "dead") or (self.listed and self.lives)
-
-
-@dataclass(slots=True)
-class Node:
-    name: str
-    cut: bool = False  # off the network; what runs there goes on
-    lost: bool = False  # Slurm gave it up: no step of this job starts there again
-    back_at: float = 0.0
-    deaf_until: float = 0.0  # agents there hear no signal
-    late_until: float = 0.0  # signals take seconds
-    gpu_stuck_until: float = 0.0
-    strangers: dict[int, float] = field(default_factory=dict)  # port -> held until
-    engines: list[Engine] = field(default_factory=list)  # living ones
-    claims: dict[str, set[int]] = field(default_factory=dict)
-    agents: list[Step] = field(default_factory=list)  # living ones
 
 
 class Slurm(NamedTuple):

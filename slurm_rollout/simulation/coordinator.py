@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from slurm_rollout import proc
@@ -28,11 +28,9 @@ from slurm_rollout.core.model import (
     Launch,
     Listing,
     Observation,
-    Process,
     Request,
     RunState,
     Snapshot,
-    StepObservation,
     Stop,
 )
 from slurm_rollout.core.phases import ALIVE, Phase
@@ -40,12 +38,12 @@ from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import LeaseLost
 from slurm_rollout.journal import Journal
 from slurm_rollout.probes import Key as ProbeKey
-from slurm_rollout.rundir import RunDir
 from slurm_rollout.simulation.clock import WALL, Timeline
-from slurm_rollout.simulation.cluster import Cluster, Step
+from slurm_rollout.simulation.cluster import Cluster
 from slurm_rollout.simulation.files import SharedFiles, SimStore
+from slurm_rollout.simulation.known_steps import SimSteps
+from slurm_rollout.simulation.parts import Step
 from slurm_rollout.simulation.probing import Probing
-from slurm_rollout.steps import Key, Steps, _observation, _Step, _take_in
 from slurm_rollout.store import load_state
 from slurm_rollout.supervisor import DRAIN_MARGIN_S
 
@@ -80,105 +78,6 @@ class Term:
     number: int
     first: int
     drain: bool = False
-
-
-class SimSteps(Steps):
-    """What is known of steps, with the cluster's sruns in place of processes."""
-
-    def __init__(self, plan: FleetPlan, run: RunDir, run_id: str, cluster: Cluster, time: Timeline, term: int) -> None:
-        super().__init__(plan, run, run_id, backend=None, wake=lambda: None)  # type: ignore[arg-type]
-        self._cluster = cluster
-        self._time = time
-        self._term = term
-        self._truth: dict[Key, Step] = {}
-        self._seen: dict[tuple[str, int], tuple[StepObservation, ...]] = {}
-
-    def launch(self, action: Launch) -> None:
-        for node in action.nodes:
-            key = Key(action.group, action.incarnation, node, action.sweep)
-            self._steps[key] = step = self._new(key)
-            self._take(step, self._cluster.launch(key, self._term))
-            self._seen.pop((key.group, key.incarnation), None)
-
-    def adopt(self, state: RunState, exits: Mapping[tuple[int, int], int]) -> None:
-        """As `Steps.adopt`: sruns that live are found by mark, of the others only the journal is known."""
-        living = {s.key: s for s in self._cluster.steps if s.srun_lives}
-        gone = {s.key: s for s in self._cluster.steps if not s.srun_lives}
-        for g in state.groups:
-            for known in g.steps:
-                key = Key(g.id, g.incarnation, known.node, known.sweep)
-                self._steps[key] = step = self._new(key)
-                holder = living.get(key)
-                if holder is not None:
-                    self._take(step, holder)
-                    continue
-                step.exited_at = self._time.now
-                if known.pid is not None:
-                    step.process, step.pid, step.pid_started = Process.EXITED, known.pid, known.pid_started
-                    step.exit_code = exits.get((known.pid, known.pid_started))
-                self._truth[key] = gone.get(key) or self._cluster.past(key)  # its reports can still be read
-                self._look(step)
-
-    def _take(self, step: _Step, held: Step) -> None:
-        self._truth[step.key] = held
-        step.process, step.pid, step.pid_started = Process.RUNNING, held.pid, held.pid
-        self._look(step)
-
-    def _look(self, step: _Step) -> bool:
-        held = self._truth[step.key]
-        changed = len(held.reports) > step.offset
-        if step.process is Process.RUNNING and not held.srun_lives:
-            step.process, step.exited_at, step.exit_code = Process.EXITED, self._time.now, held.code
-            changed = True
-        for report in held.reports[step.offset :]:
-            _take_in(step, report)
-        step.offset = len(held.reports)
-        if changed:
-            self._seen.pop((step.key.group, step.key.incarnation), None)
-        return changed
-
-    def read(self) -> bool:
-        changed = False
-        for step in self._steps.values():
-            held = self._truth[step.key]
-            if len(held.reports) > step.offset or (step.process is Process.RUNNING and not held.srun_lives):
-                changed |= self._look(step)
-        return changed
-
-    def observe(self, group: str, incarnation: int) -> tuple[StepObservation, ...]:
-        found = self._seen.get((group, incarnation))
-        if found is None:
-            found = tuple(
-                self._with_words(_observation(step), self._truth[key])
-                for key, step in self._steps.items()
-                if key.group == group and key.incarnation == incarnation
-            )
-            self._seen[group, incarnation] = found
-        return found
-
-    @staticmethod
-    def _with_words(seen: StepObservation, held: Step) -> StepObservation:
-        if seen.process is Process.EXITED and seen.exit is None and held.stderr:
-            return replace(seen, stderr=held.stderr)
-        return seen
-
-    def keep(self, state: RunState) -> None:
-        known = len(self._steps)
-        super().keep(state)
-        if len(self._steps) != known:
-            self._seen.clear()
-
-    def held(self, action: Go | Snapshot | Stop | Cancel) -> list[Step]:
-        return [self._truth[s.key] for s in self._of(action)]
-
-    def signal(self, action: Go | Snapshot | Stop) -> None:
-        for step in self._of(action):
-            held = self._truth[step.key]
-            if step.process is Process.RUNNING and held.srun_lives:
-                self._cluster.signal(held, stop=isinstance(action, Stop))
-
-    def detach(self) -> None:
-        """The sruns go on."""
 
 
 class Coordinator:

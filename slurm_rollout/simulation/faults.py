@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slurm_rollout.core.model import Request
-from slurm_rollout.simulation.cluster import NODE_DOWN_S, Engine, Incarnation, Step
+from slurm_rollout.simulation.cluster import NODE_DOWN_S
 from slurm_rollout.simulation.coordinator import POINTS
+from slurm_rollout.simulation.parts import Engine, Incarnation, Step
 
 if TYPE_CHECKING:
-    from slurm_rollout.simulation.run import Fleet
+    from slurm_rollout.simulation.fleet import Fleet
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from slurm_rollout.core.model import (
 from slurm_rollout.core.phases import ALIVE, Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import FleetPlan, PoolPlan
 from slurm_rollout.simulation.clock import Timeline
-from slurm_rollout.simulation.cluster import Cluster, Engine, Step
+from slurm_rollout.simulation.cluster import Cluster
+from slurm_rollout.simulation.parts import Engine, Step
 
 if TYPE_CHECKING:
     from slurm_rollout.simulation.coordinator import Coordinator

@@ -15,7 +15,8 @@ from slurm_rollout.core.model import Endpoint
 from slurm_rollout.core.plan import FleetPlan, ProbePolicy
 from slurm_rollout.probes import FIRST_PAUSE_S, Key
 from slurm_rollout.simulation.clock import Timeline
-from slurm_rollout.simulation.cluster import Answer, Cluster, Incarnation, Step
+from slurm_rollout.simulation.cluster import Answer, Cluster
+from slurm_rollout.simulation.parts import Incarnation, Step
 
 ANSWERED: frozenset[Answer] = frozenset({"no", "refused"})
 WORDS: dict[Answer, str] = {"late": "no answer in time", "no": "HTTP 503: no", "refused": "Connection refused"}

@@ -19,6 +19,12 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _BASES = itertools.cycle(list(range(22000, 31000, 160))[_WORKER::_WORKERS])
 
 
+@pytest.fixture
+def base() -> int:
+    """The first of 160 ports that no other test uses now."""
+    return next(_BASES)
+
+
 @pytest.fixture(params=["local", "fake", pytest.param("slurm", marks=pytest.mark.slurm)])
 def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
     place = _make(request, tmp_path)

@@ -292,6 +292,7 @@ def assert_recovered(fleet: Fleet, group: str, incarnation: int, reason: str, ra
     """The group came back once, for that reason, and its events tell the whole story in order."""
     entry = fleet.wait_serving(group, incarnation)
     assert entry["urls"]
+    fleet.wait_event("ready", group, incarnation)  # events are written after the barrier
     failure = fleet.wait_event("failure", group, incarnation - 1)
     assert failure["reason"] == reason
     if rank is not None:
@@ -309,7 +310,13 @@ def undisturbed(fleet: Fleet, group: str) -> bool:
 
 def budget(fleet: Fleet, group: str) -> dict[str, Any]:
     """Return what is left of a group's budget: {"restarts": {"left", "of"}, "start_failures": …}."""
-    status = json.loads(fleet.run.status.read_text())
+    seq = fleet.barrier()["seq"]
+
+    def newest() -> dict[str, Any]:
+        status = json.loads(fleet.run.status.read_text())
+        return status if status["seq"] >= seq else {}
+
+    status = wait_for("a status as new as the barrier", newest)
     found = next(g for g in status["groups"] if g["id"] == group)["budget"]
     assert isinstance(found, dict)
     return found

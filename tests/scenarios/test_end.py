@@ -67,9 +67,11 @@ def test_term_in_any_phase_drains_and_leaves_no_process(lab: Lab, state: str) ->
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.2, 0.3, 0.4])
-def test_term_before_the_coordinator_can_take_a_signal_drains_all_the_same(tmp_path: Path, delay_s: float) -> None:
+def test_term_before_the_coordinator_can_take_a_signal_drains_all_the_same(
+    tmp_path: Path, base: int, delay_s: float
+) -> None:
     """Local only: in a batch job nobody can aim that well."""
-    with LocalFleet(tmp_path).start(stub_spec(base=21500)) as fleet:
+    with LocalFleet(tmp_path).start(stub_spec(base=base)) as fleet:
         wait_for("up's first line", lambda: "run directory" in fleet.output())
         began = time.monotonic()
         wait_for("a moment of the start", lambda: time.monotonic() - began >= delay_s, period_s=0.002)

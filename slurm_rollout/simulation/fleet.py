@@ -1,0 +1,459 @@
+"""A fleet's whole life: hours of faults, then peace, in which everything must become ready again, and the end."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from slurm_rollout.barrier import Barrier, BarrierError, CoordinatorLost, FleetFailed
+from slurm_rollout.core.bounds import recovery_bound
+from slurm_rollout.core.model import Action, Decision, Observation, RunState
+from slurm_rollout.core.phases import Phase, PoolPhase
+from slurm_rollout.rundir import RunDir
+from slurm_rollout.simulation import faults as fault_kinds
+from slurm_rollout.simulation.case import START, Case
+from slurm_rollout.simulation.clock import Chance, Timeline
+from slurm_rollout.simulation.cluster import Cluster
+from slurm_rollout.simulation.coordinator import Coordinator, Term
+from slurm_rollout.simulation.faults import Fault
+from slurm_rollout.simulation.files import SharedFiles
+from slurm_rollout.simulation.invariants import Broken, Checker
+from slurm_rollout.simulation.parts import Engine, Incarnation, Step
+from slurm_rollout.simulation.probing import LocalProbing
+
+COORDINATOR_STARTS_S = 0.3
+TRAINER_AFTER_FAILURE_S = 60.0
+NEXT_UP_S = 30.0
+TRAINER_LOOKS_S = 8.0  # after a fault: long enough for a coordinator that is well to have seen a crash
+PEACE_MARGIN_S = 20.0
+TRACE_LINES = 3000
+SPIN = 1000
+
+
+class Fleet:
+    """A cluster, the coordinators of one job and their supervisor, a trainer that polls, and who watches them."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case = case
+        self.plan = case.plan
+        self.time = Timeline(START)
+        self.chance = Chance(case.seed)
+        self.cluster = Cluster(self.plan, self.time, self.chance, self._load_s)
+        self.files = SharedFiles(RunDir(folder), self.time, self.chance)
+        self.checker = Checker(self.plan, self.cluster, self.files, self.time)
+        self.local = LocalProbing(self.plan, self.cluster, self.time)
+        self.coordinator: Coordinator | None = None
+        self.slow_starts: dict[str, float] = {}
+        self.trace: deque[tuple[float, tuple[object, ...]]] = deque(maxlen=TRACE_LINES)
+        self.ticks = 0
+        self._second = self._ticks_in_second = 0
+        self.terms = 0
+        self.ready_s: dict[str, float] = dict.fromkeys((g.id for g in self.plan.groups), 0.0)
+        self.first_failed_at: float | None = None
+        self.peace = False
+        self.unwell_at = START  # when the coordinator was last not able to do its work
+        self._serving: dict[str, int] = {}  # group -> incarnation, by the barrier
+        self._ready_since: dict[str, float] = {}
+        self._first_term = 1
+        self._restart_count = 0
+        self._crashes: list[float] = []
+        self._failed_at: float | None = None
+        self._ended = False  # no other `up` follows
+        self._requests = 0
+        self._up_over = False
+        self._trainer = self._new_trainer()
+        self._reader_epoch = (0, 0, 0)
+        self.cluster.on_step = self._on_step
+        self.cluster.on_change = self._on_change
+        self.cluster.on_launch = self._on_launch
+        self.cluster.on_engine_start = self._on_engine_start
+        self.cluster.note = self.note
+        self.files.on_barrier = self._on_barrier
+
+    def note(self, *words: object) -> None:
+        self.trace.append((self.time.now, words))
+
+    def _load_s(self, group: str, incarnation: int) -> float:
+        slow_s = self.slow_starts.pop(group, 0.0)
+        return slow_s + self.chance.between(*self.case.load_s, "load", group, incarnation)
+
+    # ---------------------------------------------------------------------------------------------- the cluster's hints
+
+    def _on_step(self, step: Step) -> None:
+        if self.coordinator is not None:
+            self.coordinator.on_step(step)
+
+    def _on_change(self, incarnation: Incarnation) -> None:
+        if self.coordinator is not None:
+            self.coordinator.probing.disturb(incarnation)
+        self.local.disturb(incarnation)
+        self._note_use(incarnation.plan.id)
+
+    def _on_launch(self, step: Step) -> None:
+        self.note("srun", step.name, "by term", step.term)
+        self.checker.launched(step)
+
+    def _on_engine_start(self, engine: Engine) -> None:
+        self.checker.engine_starts(engine)
+
+    def disturb_all(self) -> None:
+        if self.coordinator is not None:
+            self.coordinator.probing.disturb_all()
+
+    def counts_progress(self, incarnation: Incarnation) -> bool:
+        return self.plan.pool(incarnation.plan.pool).probe.counter is not None
+
+    # ----------------------------------------------------------------------------------------------------- who looks on
+
+    def decided(self, before: RunState, obs: Observation, decision: Decision) -> None:
+        self.ticks += 1
+        second = int(self.time.now)
+        self._ticks_in_second = self._ticks_in_second + 1 if second == self._second else 0
+        self._second = second
+        if self._ticks_in_second > SPIN:
+            raise Broken(10, f"the loop spins: {SPIN} decisions within a second")
+        self.checker.decided(before, obs, decision)
+
+    def committed(self, before: RunState, obs: Observation, decision: Decision) -> None:
+        for event in decision.events:
+            self.note("   ", event)
+        for action in decision.actions:
+            self.note("   ->", action)
+        self.checker.committed(before, obs, decision)
+
+    def _note_use(self, group: str) -> None:
+        """Count the time in which a group is offered to the trainer, and works: a hang that nobody saw is lost."""
+        number, now = self._serving.get(group), self.time.now
+        truth = None if number is None else self.cluster.incarnations.get((group, number))
+        useful = truth is not None and truth.works
+        if useful and group not in self._ready_since:
+            self._ready_since[group] = now
+        elif not useful and group in self._ready_since:
+            self.ready_s[group] += now - self._ready_since.pop(group)
+
+    def opened(self, term: int) -> None:
+        self.checker.opened(term)
+
+    def _on_barrier(self, document: dict[str, Any]) -> None:
+        self.checker.wrote(document)
+        now = self.time.now
+        self._serving = {g["id"]: g["incarnation"] for g in document["groups"] if g["serving"]}
+        for group in self.plan.groups:
+            self._note_use(group.id)
+        self.time.after(self.chance.between(0.05, 5.0, "poll", len(self.files.versions), now), self._poll)
+        if document["phase"] == PoolPhase.FAILED and self._failed_at is None:
+            self._failed_at = now
+            self._ended |= self.case.stops
+            self.first_failed_at = self.first_failed_at or now
+            self.note("the fleet failed: the supervisor ends `up`")
+            self.time.after(TRAINER_AFTER_FAILURE_S, self._drain)
+
+    def acts(self, coordinator: Coordinator, action: Action, ports: tuple[str, ...] | None) -> None:
+        self.checker.acts(coordinator, action, ports)
+
+    def took_over(self, found: RunState, state: RunState, *, another_up: bool) -> None:
+        self.checker.took_over(found, state, another_up=another_up)
+
+    # --------------------------------------------------------------------------------------------------- the supervisor
+
+    def start_coordinator(self) -> None:
+        if self.cluster.job_ending or self._ended:
+            return
+        self.terms += 1
+        term = Term(
+            job="1",
+            restart_count=self._restart_count,
+            number=self.terms,
+            first=self._first_term,
+            drain=self._failed_at is not None and self.time.now - self._failed_at >= TRAINER_AFTER_FAILURE_S,
+        )
+        self.note("coordinator of term", term.number)
+        self.unwell_at = self.time.now
+        made = Coordinator(self.plan, self.cluster, self.files, self.time, term, self, self._on_end)
+        self.coordinator = made
+        self.time.after(TRAINER_LOOKS_S, self._poll)
+        try:
+            made.start()
+        except OSError:
+            made.die()
+            self._on_end(made, "killed")
+
+    def _on_end(self, coordinator: Coordinator, how: str) -> None:
+        self.note("coordinator of term", coordinator.term.number, how)
+        if coordinator is not self.coordinator:
+            return
+        self.coordinator = None
+        self.unwell_at = self.time.now
+        if how == "killed":
+            now = self.time.now
+            self._crashes = [t for t in self._crashes if now - t < 60.0] + [now]
+            delay_s = 0.0 if len(self._crashes) == 1 else min(30.0, 0.5 * 2 ** (len(self._crashes) - 2))
+            self.time.after(delay_s + COORDINATOR_STARTS_S, self.start_coordinator)
+        elif how == "superseded":
+            raise Broken(4, "the newest coordinator lost its lease")
+        else:
+            self._up_ends(how)
+
+    def _up_ends(self, how: str) -> None:
+        """The run is drained, or `up` gave up waiting; what is left is killed."""
+        left = [s for s in self.cluster.steps if s.goes_on and not self.cluster.unreachable(s.key.node)]
+        if how == "drained" and any(s.term == self.checker.lease for s in left):
+            raise Broken(6, f"drained, and {left[0].name} lives")
+        for step in left:
+            self.cluster.slurm_kills(step)
+        self._up_over = True
+        if not self._ended and not self.cluster.job_ending:
+            self.time.after(NEXT_UP_S, self._next_up)
+
+    def _next_up(self) -> None:
+        """Another `up` in the same allocation."""
+        if self._up_over and not self._ended:
+            self._up_over = False
+            self._failed_at = None
+            self._first_term = self.terms + 1
+            self.start_coordinator()
+
+    def _drain(self) -> None:
+        if self._failed_at is not None and self.coordinator is not None:
+            self.coordinator.stop_signal = True
+            self.coordinator.poke(self.time.now)
+
+    def kill_coordinator(self) -> None:
+        if self.coordinator is not None:
+            dead = self.coordinator
+            dead.die()
+            self._on_end(dead, "killed")
+
+    def supersede(self, after_s: float, *, stalled: bool) -> None:
+        """Another `up` takes over while the old coordinator is stopped; then that one goes on."""
+        old = self.coordinator
+        if old is None or old.paused or self._up_over:
+            return
+        self.unwell_at = self.time.now
+        if stalled:
+            old.stall_s = after_s + 5.0
+        else:
+            old.pause(after_s + 5.0)
+
+        def take_over() -> None:
+            if self.coordinator is old and old.paused:
+                self.note("term", old.term.number, "is stopped, and another coordinator starts")
+                self._first_term = self.terms + 1
+                old.superseded = True
+                self.files.silence()
+                self._failed_at = None
+                self.start_coordinator()
+
+        self.time.after(after_s, take_over)
+
+    def end_job(self, *, requeue: bool) -> None:
+        """Slurm ends the job; perhaps it comes back, on nodes that are empty."""
+        if self.cluster.job_ending:
+            return
+        self.cluster.end_job()
+        if requeue:
+            self.time.after(90.0, self._requeue)
+
+    def _requeue(self) -> None:
+        if self.coordinator is not None:
+            self.coordinator.die()
+            self.coordinator = None
+        self.unwell_at = self.time.now
+        self._restart_count += 1
+        self._first_term = self.terms + 1
+        self._failed_at, self._up_over = None, False
+        self.cluster.empty()
+        self._trainer = self._new_trainer()
+        self._reader_epoch = (0, 0, 0)
+        self.start_coordinator()
+
+    def ask(self, verb: str, *groups: str, delay_s: float = 0.0) -> None:
+        self._requests += 1
+        made = fault_kinds.request(self._requests, verb, groups)
+        self.note("operator:", verb, *groups)
+        self.files.requests.append((self.time.now + delay_s, made))
+        if self.coordinator is not None:
+            self.time.after(delay_s + 0.2, self._wake)
+
+    def _wake(self) -> None:
+        if self.coordinator is not None:
+            self.coordinator.poke(self.time.now)
+
+    def see_files_soon(self) -> None:
+        self.files.delay_s = 0.5
+
+    # ---------------------------------------------------------------------------------------------------------- trainer
+
+    def _new_trainer(self) -> Barrier:
+        return Barrier(
+            self.files.run.barrier,
+            job="1",
+            restart_count=self._restart_count,
+            clock=lambda: self.time.now,
+            sleep=lambda s: None,
+            read=self.files.read,
+        )
+
+    def _poll(self) -> None:
+        """The trainer looks, and uses what it is offered."""
+        self._note_health()
+        now = self.time.now
+        try:
+            state = self._trainer.wait_ready(timeout=0.0)
+        except FleetFailed:
+            if all(v.document["phase"] not in ("failed", "stopped") for v in self.files.versions):
+                raise Broken(9, "a reader was told that the fleet failed, and no file ever said so") from None
+            return
+        except CoordinatorLost:
+            if now - self.unwell_at > 600.0 and self.files.delay_s < 1.0 and now > self.files.errors_until + 300.0:
+                raise Broken(9, "a reader was told that the coordinator is lost, and it is well") from None
+            return
+        except BarrierError:
+            return
+        stamp = (state.term, state.seq, state.epoch)
+        if stamp < self._reader_epoch or state.epoch < self._reader_epoch[2]:
+            raise Broken(4, f"a reader saw {self._reader_epoch}, and then {stamp}")
+        self._reader_epoch = stamp
+        # While the file cannot be read, the last good value is kept for a time of grace.
+        stale_s = self._trainer.grace_s if now < self.files.errors_until + self._trainer.grace_s else 0.0
+        self.checker.offered(state.groups, state.epoch, now - self.unwell_at, self.files.delay_s + stale_s)
+
+    def _keep_polling(self) -> None:
+        self._poll()
+        self.time.after(self.chance.between(40.0, 100.0, "look", self.time.now), self._keep_polling)
+
+    def _note_health(self) -> None:
+        """Bring up to date when the coordinator was last not able to do its work."""
+        now, mine = self.time.now, self.coordinator
+        if mine is None or mine.paused or mine.state.suspect_self_since is not None:
+            self.unwell_at = now
+            return
+        bad_until = max(self.files.full_until, self.cluster.batch_host_cut_until)
+        self.unwell_at = max(self.unwell_at, mine.resumed_at, min(now, bad_until))
+
+    # ----------------------------------------------------------------------------------------------------------- phases
+
+    def play(self) -> None:
+        """Run the case; raises `Broken` where an invariant does not hold."""
+        case, time = self.case, self.time
+        for fault in case.faults:
+            time.at(fault.at, lambda f=fault: self._happen(f))  # type: ignore[misc]
+        self._keep_polling()
+        self.start_coordinator()
+        time.run(case.peace_at)
+        if case.stops:
+            self._count_ready()
+            return
+        self._make_peace()
+        self._all_become_ready()
+        self._end()
+
+    def _happen(self, fault: Fault) -> None:
+        if not self.peace:
+            self.note("FAULT", fault)
+            self._note_health()
+            fault_kinds.KINDS[fault.kind].do(self, fault)
+            self.time.after(TRAINER_LOOKS_S, self._poll)
+
+    def _make_peace(self) -> None:
+        now = self.time.now
+        self.note("PEACE: no fault from now on")
+        self.peace = True
+        cluster = self.cluster
+        cluster.slurm_away_until = cluster.slurm_slow_until = cluster.cancels_lost_until = 0.0
+        cluster.refuses_launches_until = cluster.batch_host_cut_until = cluster.blind_until = 0.0
+        self.files.full_until = self.files.errors_until = 0.0
+        self.slow_starts.clear()
+        for node in cluster.nodes.values():
+            if node.cut:
+                cluster.rejoin(node.name)
+            node.deaf_until = node.late_until = node.gpu_stuck_until = 0.0
+            node.strangers.clear()
+        for step in cluster.steps:
+            cluster.relink(step)
+        cluster.let_die()
+        if self.coordinator is not None:
+            self.coordinator.kill_at, self.coordinator.stall_s = None, 0.0
+        self.unwell_at = now
+
+    def _all_become_ready(self) -> None:
+        """10: within the bound that `plan` prints; what was drained or is failed, after it is asked to come back."""
+        time = self.time
+        time.run(time.now + 400.0, lambda: self._is_steady())
+        if self.cluster.job_ending and not self._ended:
+            time.run(time.now + 100.0)
+        if not self._is_steady():
+            raise Broken(11, "no coordinator came back, or the last one does not end")
+        assert self.coordinator is not None
+        began = time.now
+        deadline = began + self._patience_s()
+        asked: dict[str, int] = {}
+        while time.now < deadline and not self._all_ready():
+            time.run(min(time.now + 5.0, deadline))
+            if self.coordinator is None:
+                continue
+            if self.coordinator.state.ending:
+                raise Broken(9, "the run ends, and nobody asked for it")
+            down = [g.id for g in self.coordinator.state.groups if g.phase in (Phase.FAILED, Phase.STOPPED)]
+            # A second time: a failure of before the peace may be seen only now.
+            wanted = [g for g in down if not self._is_hopeless(g) and asked.get(g, 0) < 2]
+            if wanted:
+                self.ask("resume", *wanted)
+                asked.update({g: asked.get(g, 0) + 1 for g in wanted})
+                deadline = time.now + self._patience_s()
+        if not self._all_ready():
+            said = [(g.id, g.phase.value, g.message) for g in self.coordinator.state.groups] if self.coordinator else []
+            raise Broken(10, f"not ready {time.now - began:.0f} s after the last fault: {said}")
+
+    def _is_steady(self) -> bool:
+        mine = self.coordinator
+        return mine is not None and not mine.paused and not mine.state.ending and self._failed_at is None
+
+    def _patience_s(self) -> float:
+        return max(self._bound_s(p.name) for p in self.plan.pools)
+
+    def _bound_s(self, pool: str) -> float:
+        planned = self.plan.pool(pool)
+        bound = recovery_bound(self.plan, planned)
+        # A start that cannot succeed any more, because of a fault that was, is given up first.
+        doomed = any(
+            i.load_s > planned.probe.startup_timeout_s or any(e.frozen or e.half for e in i.engines.values())
+            for i in self.cluster.newest.values()
+            if i.worked_at is None
+        )
+        extra_s = bound.start_s + bound.verify_s if doomed else 0.0
+        return bound.total_s + bound.backoff_s + extra_s + PEACE_MARGIN_S
+
+    def _is_hopeless(self, group: str) -> bool:
+        return any(self.cluster.nodes[n].lost for n in self.plan.group(group).nodes)
+
+    def _all_ready(self) -> bool:
+        mine = self.coordinator
+        if mine is None:
+            return False
+        return all(g.phase is Phase.READY or self._is_hopeless(g.id) for g in mine.state.groups)
+
+    def _end(self) -> None:
+        """The run, or the job, ends: nothing is left, nothing is charged."""
+        assert self.coordinator is not None
+        self._ended = True
+        mine, ended_at = self.coordinator, self.time.now
+        if self.case.job_ends:
+            self.note("the job ends")
+            self.cluster.end_job()
+        else:
+            mine.stop_signal = True
+            mine.poke(self.time.now)
+        self.time.run(self.time.now + 120.0, lambda: self.coordinator is None)
+        if self.coordinator is not None:
+            raise Broken(9, "the run does not end")
+        for g in mine.state.groups:
+            if max((*g.runtime_failures, *g.start_failures), default=0.0) > ended_at:
+                raise Broken(8, f"{g.id} was charged for the end of the job")
+        self._count_ready()
+
+    def _count_ready(self) -> None:
+        for group, since in self._ready_since.items():
+            self.ready_s[group] += self.time.now - since
+        self._ready_since.clear()
