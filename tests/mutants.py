@@ -34,6 +34,7 @@ class Mutant:
     file: str  # below the package
     old: str
     new: str
+    simulated: bool = True  # False: in code that the simulation models, so only real processes can show it
 
 
 MUTANTS = (
@@ -42,6 +43,19 @@ MUTANTS = (
         "core/group.py",
         "    if not busy and not sweeping:\n        return _fenced(ctx, g, out)",
         "    if not sweeping:\n        return _fenced(ctx, g, out)",
+    ),
+    Mutant(
+        "skip_the_agents_fence",
+        "agent.py",
+        "    began = time.monotonic()\n    gpu = GpuMemory(step, inbox)\n",
+        '    return reports.say("fenced", ended=[])\n    began = time.monotonic()\n    gpu = GpuMemory(step, inbox)\n',
+        simulated=False,
+    ),
+    Mutant(
+        "skip_the_verify",
+        "core/group.py",
+        "    proved = {e.rank for e in ctx.seen.endpoints if e.proved}\n",
+        "    proved = {e.rank for e in ctx.seen.endpoints}\n",
     ),
     Mutant(
         "fence_by_ports_that_nobody_looked_at",
@@ -226,13 +240,14 @@ def by_simulation(folder: Path, seeds: int) -> tuple[bool, str]:
     return True, f"{said['seeds']:5}  {said['broken'].splitlines()[0][:100]}"
 
 
-def by_pytest(folder: Path, files: Sequence[str]) -> tuple[bool, str]:
-    """Tell whether tests catch the bug."""
+def by_pytest(folder: Path, files: Sequence[str], expression: str) -> tuple[bool, str]:
+    """Tell whether tests catch the bug, and which."""
     paths = [str(ROOT / file) for file in files]
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
-    done = run(["-m", "pytest", *options, *paths], folder)
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode == 1, (failed or [f"exit code {done.returncode}: NOT CAUGHT"])[0][:120]
+    # The repository's root stays behind the copy on the path, in the tests' own process, too.
+    options = ["-q", "--no-header", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-o", "pythonpath=", "-n", "2"]
+    done = run(["-m", "pytest", *options, "-k", expression, "--maxfail=2", *paths], folder)
+    failed = [line.partition(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode in (1, 2), "\n    ".join(failed or [f"exit code {done.returncode}: NOT CAUGHT"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,15 +256,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="bugs (default: all)")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds after which the simulation gives up")
     parser.add_argument("--pytest", nargs="+", metavar="FILE", help="let these test files look instead")
+    parser.add_argument("--only", default="", metavar="EXPRESSION", help="of those, the tests that this names (-k)")
     args = parser.parse_args(argv)
-    chosen = [m for m in MUTANTS if not args.names or m.name in args.names]
+    able = [m for m in MUTANTS if m.simulated or args.pytest]
+    chosen = [m for m in able if not args.names or m.name in args.names]
     missed = []
     print(f"{'BUG':38} {'SEEDS' if not args.pytest else 'TEST':>5}  CAUGHT BY", flush=True)
     for mutant in chosen:
         with tempfile.TemporaryDirectory(prefix="rollout-mutant-") as made:
             folder, began = Path(made), time.monotonic()
             plant(mutant, folder)
-            caught, how = by_pytest(folder, args.pytest) if args.pytest else by_simulation(folder, args.seeds)
+            caught, how = (
+                by_pytest(folder, args.pytest, args.only) if args.pytest else by_simulation(folder, args.seeds)
+            )
             print(f"{mutant.name:38} {how}  ({time.monotonic() - began:.0f} s)", flush=True)
             if not caught:
                 missed.append(mutant.name)

@@ -23,6 +23,7 @@ def test_a_killed_member_brings_its_whole_group_back_and_no_other(lab: Lab, rank
     fleet.kill("actor/0", rank)
     assert_recovered(fleet, "actor/0", 2, "engine_exited", rank)
     assert fleet.wait_event("failure", "actor/0")["data"]["restarted_peers"] == [1 - rank]
+    assert not fleet.events("fence_waits"), "what was stopped left nothing behind"
     assert fleet.group("actor/0")["master"] == master
     assert fleet.group("actor/0")["urls"] == urls
     assert fleet.barrier()["epoch"] == epoch + 2

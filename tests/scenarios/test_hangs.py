@@ -10,7 +10,7 @@ import time
 import pytest
 
 from slurm_rollout import proc
-from tests.scenarios.lab import Lab, assert_recovered, undisturbed
+from tests.scenarios.lab import Lab, assert_recovered, heartbeats, undisturbed
 
 
 @pytest.mark.parametrize("rank", [0, 1], ids=["leader", "follower"])
@@ -63,6 +63,19 @@ def test_an_engine_with_wrong_answers_leaves_the_barrier_and_is_then_replaced(la
     fleet.wait_event("unready", "actor/0")
     assert_recovered(fleet, "actor/0", 2, "answers_error", 0)
     assert undisturbed(fleet, "actor/1")
+
+
+def test_an_engine_that_listens_before_it_can_serve_is_not_offered_until_it_can(lab: Lab) -> None:
+    lab.fleet.fault("actor/0/1", generation="503")
+    fleet = lab.up(groups=2)
+    fleet.wait_serving("actor/1", 1)
+    fleet.wait("its port to accept", lambda: lab.accepts(1, lab.port(1)))
+    heartbeats(fleet, 4)
+    assert not fleet.events("ready", "actor/0")
+    assert not fleet.group("actor/0")["urls"]
+    fleet.fault("actor/0/1", generation="ok")
+    fleet.wait_serving("actor/0", 1)
+    assert not fleet.events("failure")
 
 
 def test_a_member_that_ignores_term_is_killed_after_its_grace(lab: Lab) -> None:

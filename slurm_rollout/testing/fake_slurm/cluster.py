@@ -117,6 +117,8 @@ class FakeSlurm:
             "LOGNAME": self.user,
             "SHELL": "/bin/bash",
             "LC_ALL": "C",
+            # Whoever tests a copy of a package wants its jobs to run that copy, too.
+            **({"PYTHONPATH": path} if (path := os.environ.get("PYTHONPATH")) else {}),
         }
 
     def __enter__(self) -> Self:
