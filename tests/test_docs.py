@@ -173,6 +173,7 @@ ENTRIES = {
     "what_a_hung_group_was_doing_is_written_down_and_its_stopped_member_named": "A group hangs",
     "a_single_group_that_hangs_is_believed_when_its_own_agents_see_it_too": "Most groups time out at once",
     "generation_dead_behind_a_good_health_page_is_found": "Generation is dead behind a good health page",
+    "an_engine_that_listens_before_it_can_serve_is_not_offered_until_it_can": "A start takes too long",
     "an_engine_with_wrong_answers_leaves_the_barrier_and_is_then_replaced": "Wrong answers",
     "a_member_that_ignores_term_is_killed_after_its_grace": "The job is ending",
     "every_engine_saturated_with_a_rising_counter_is_left_alone": "Late answers",

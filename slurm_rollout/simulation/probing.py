@@ -205,7 +205,7 @@ class LocalProbing:
         self._failures: dict[tuple[str, int, int], tuple[int, float | None]] = {}
 
     def disturb(self, incarnation: Incarnation) -> None:
-        if incarnation.worked_at is None:  # it counts failures only after its first success
+        if incarnation.worked_at is None:  # its probe begins when the engine listens
             return
         for member in incarnation.plan.entrypoints:
             who = (*incarnation.id, member.rank)
