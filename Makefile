@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests wait most of their time; more of them at once than this only makes their processes late.
-WORKERS ?= 2
+# Tests wait most of their time, so there may be more of them at once than a small machine has cores.
+WORKERS ?= 3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -30,7 +30,7 @@ lint: $(STAMP) ## ruff, mypy --strict, import contracts
 	$(BIN)/lint-imports
 
 test: $(STAMP) lint ## everything: lint, unit tests, local backend, fake Slurm, and real Slurm where it is installed
-	$(BIN)/pytest --numprocesses=$(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses=$(WORKERS) --no-loadscope-reorder $(PYTEST_ARGS)
 
 soak: $(STAMP) ## simulate seed after seed until stopped
 	$(BIN)/python -m slurm_rollout.simulation.soak
