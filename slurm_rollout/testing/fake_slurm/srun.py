@@ -214,7 +214,10 @@ class Srun:
         if not data:
             self.poll.unregister(0)
         for connection in self.sockets.values():
-            connection.sendall(wire.frame(b"i", 0, data))
+            try:
+                connection.sendall(wire.frame(b"i", 0, data))
+            except OSError:
+                continue  # it has just ended
 
     # ------------------------------------------------------------------------------------------------------- signals
 
