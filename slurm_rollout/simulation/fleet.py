@@ -439,6 +439,7 @@ class Fleet:
         assert self.coordinator is not None
         self._ended = True
         mine, ended_at = self.coordinator, self.time.now
+        lives = not self.case.job_ends or any(s.srun_lives for s in self.cluster.steps)
         if self.case.job_ends:
             self.note("the job ends")
             self.cluster.end_job()
@@ -447,7 +448,11 @@ class Fleet:
             mine.poke(self.time.now)
         self.time.run(self.time.now + 120.0, lambda: self.coordinator is None)
         if self.coordinator is not None:
-            raise Broken(9, "the run does not end")
+            if lives:
+                raise Broken(9, "the run does not end")
+            # No step ended, so nobody asked: Slurm ends the batch step after KillWait, and nothing is left behind.
+            mine.die()
+            self.coordinator = None
         for g in mine.state.groups:
             if max((*g.runtime_failures, *g.start_failures), default=0.0) > ended_at:
                 raise Broken(8, f"{g.id} was charged for the end of the job")

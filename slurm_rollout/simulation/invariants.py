@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from slurm_rollout.core.bounds import recovery_bound
+from slurm_rollout.core.group import BLIND_ECHO_S
 from slurm_rollout.core.model import (
     Action,
     Cancel,
@@ -173,7 +174,7 @@ class Checker:
             new.failure is not None
             and new.failure.reason is Reason.LAUNCH_FAILED
             and obs.listing_failed_at is not None
-            and obs.listing_failed_at >= new.failure.at - 61.0
+            and obs.listing_failed_at >= new.failure.at - BLIND_ECHO_S
         )
         if old.phase is Phase.STOPPING and new.phase is not Phase.STOPPING and excused:
             ledger.pending = None
