@@ -59,6 +59,7 @@ TOGETHER_S = 0.1  # within this, a signal that Slurm sends to the whole step rea
 SMI_PERIOD_S = 0.5
 SMI_SILENT_S = 5.0  # from then on nvidia-smi counts as hanging
 COUNTER_TIMEOUT_S = 10.0
+PAUSE_LOOK_S = 1.0  # how often the barrier is asked whether the engines sleep
 MAX_BODY_BYTES = 8 << 20
 LAST_LINES = 20
 LAST_LINES_BYTES = 4096
@@ -1147,6 +1148,24 @@ def last_lines(log: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- local probe
 
 
+class Pause:
+    """What the barrier file says of a pool's probes. While it cannot be read, its last word holds."""
+
+    def __init__(self, path: str, pool: str) -> None:
+        self._path = path
+        self._pool = pool
+        self._last = False
+
+    def holds(self) -> bool:
+        try:
+            with open(self._path, "rb") as file:
+                pools = json.loads(file.read())["pools"]
+            self._last = any(p["name"] == self._pool and p.get("probes") == "paused" for p in pools)
+        except (OSError, ValueError, KeyError, TypeError):  # missing or half visible, as shared file systems show it
+            pass
+        return self._last
+
+
 class LocalProbe:
     """The coordinator's liveness probe, asked from here: it tells a dead engine from a coordinator that is cut off."""
 
@@ -1157,10 +1176,17 @@ class LocalProbe:
         self._policy = policy
         self._timeout_s: float = policy["timeout_s"]
         self._reported = 0
+        self._reported_rest = False
+        self._barrier = Pause(policy["barrier"], policy["pool"]) if policy.get("barrier") else None
+        self.rests = False  # the trainer said that engines of this pool sleep: nothing is asked of them
         self.state = (0, "")  # failures in a row, the last error; replaced as a whole by the probe's thread
 
     def report(self) -> None:
         """Report a change, up to the threshold: beyond it nothing new is to be said until the engine answers."""
+        rests = self.rests
+        if rests != self._reported_rest:
+            self._reported_rest = rests
+            reports.say("probes", rank=self._rank, paused=rests)
         failures, error = self.state
         failures = min(failures, self._policy["failure_threshold"])
         if failures != self._reported:
@@ -1171,6 +1197,8 @@ class LocalProbe:
         """Probe for ever: the body of the probe's thread."""
         seen = None
         while True:
+            if self._rest():
+                seen = None
             began = time.monotonic()
             error = self._ask_engine()
             took_s = time.monotonic() - began
@@ -1182,7 +1210,30 @@ class LocalProbe:
             # Where we ourselves did not run, nothing was observed.
             elif took_s < self._timeout_s + 2:
                 self._set(self.state[0] + 1, error)
-            time.sleep(max(0.0, began + self._policy["period_s"] - time.monotonic()))
+            self._pass(began + self._policy["period_s"])
+
+    def _rest(self) -> bool:
+        """Ask nothing while the barrier says so, and for one period after it; tell whether it did."""
+        rested = False
+        while self._barrier is not None and self._barrier.holds():
+            rested = True
+            self._set(0, "")
+            self._say_rests(True)
+            while self._barrier.holds():
+                time.sleep(PAUSE_LOOK_S)
+            self._say_rests(False)
+            self._pass(time.monotonic() + self._policy["period_s"])
+        return rested
+
+    def _pass(self, until: float) -> None:
+        """Let time pass; no longer than a look at the barrier allows, where there is one to look at."""
+        while time.monotonic() < until and not (self._barrier is not None and self._barrier.holds()):
+            step_s = until - time.monotonic() if self._barrier is None else PAUSE_LOOK_S
+            time.sleep(max(0.0, min(step_s, until - time.monotonic())))
+
+    def _say_rests(self, rests: bool) -> None:
+        self.rests = rests
+        os.kill(os.getpid(), signal.SIGCHLD)
 
     def _set(self, failures: int, error: str) -> None:
         if (failures, error) != self.state:

@@ -27,10 +27,12 @@ from typing import Any
 
 from slurm_rollout import proc
 from slurm_rollout.backend import Backend, JobFacts, monotonic
+from slurm_rollout.clients import Clients
 from slurm_rollout.core.decide import decide, is_over
 from slurm_rollout.core.model import (
     Action,
     Cancel,
+    ClientWords,
     Decision,
     Event,
     Go,
@@ -62,7 +64,7 @@ FAST_S = 0.005
 """How often reports are looked for while a group changes its phase."""
 
 SLOW_S = 0.25
-"""How often otherwise, and how often operators' requests are looked for."""
+"""How often otherwise, and how often operators' requests and trainers' words are looked for."""
 
 QUERY_PAUSE_S = 1.0
 """Least pause between two questions of one kind to Slurm."""
@@ -115,6 +117,9 @@ class Coordinator:
         self._first_term = first_term
         self._audit_at = monotonic() + plan.audit_s
         self._heeded: set[Path] = set()  # requests whose files are not removed yet
+        self._clients = Clients(run, job=state.job, restart_count=state.restart_count)
+        self._words: tuple[ClientWords, ...] = ()
+        self._words_at = 0.0
 
     async def run(self) -> int:
         """Supervise until the run is drained; return the exit status."""
@@ -219,6 +224,7 @@ class Coordinator:
         for action in decision.actions:
             self._act(action)
         self._steps.keep(self._state)
+        self._prober.pause({g.id for g in self._plan.groups if g.pool in self._state.paused})
         self._prober.set_targets(self._targets())
         self._find_out(decision, obs)
         return decision
@@ -230,6 +236,10 @@ class Coordinator:
                 self._heeded.discard(path)
 
     def _observe(self, requests: Iterable[Any]) -> Observation:
+        now = monotonic()
+        if now - self._words_at >= SLOW_S:
+            self._words = self._clients.read({c.id: c.acks for c in self._state.clients})
+            self._words_at = now
         groups = []
         for g in self._state.groups:
             check = self._ports.get(g.id)
@@ -241,10 +251,11 @@ class Coordinator:
                     steps=self._steps.observe(g.id, g.incarnation),
                     endpoints=self._prober.endpoints(g.id, g.incarnation),
                     ports_open=check.open if check is not None and valid else None,
+                    probes_paused=self._prober.is_quiet(g.id),
                 )
             )
         return Observation(
-            now=monotonic(),
+            now=now,
             wall=time.time(),
             groups=tuple(groups),
             listing=self._listing,
@@ -252,6 +263,7 @@ class Coordinator:
             job=self._job.job,
             job_asked_at=self._job_asked_at,
             requests=tuple(requests),
+            clients=self._words,
             stop_signal=self._stop,
         )
 

@@ -20,6 +20,7 @@ from functools import partial
 from slurm_rollout.core import barrier_rules, codec, view
 from slurm_rollout.core.model import Decision, Event, Observation, RunState
 from slurm_rollout.core.plan import FleetPlan
+from slurm_rollout.core.pools import pool_views
 from slurm_rollout.store import Store, last_seq
 
 log = logging.getLogger("slurm_rollout")
@@ -112,7 +113,7 @@ class Journal:
             return
         self._shown_epoch = state.epoch
         self._seq += 1
-        self._store.write_barrier(barrier_rules.barrier_document(self._plan, state, now=now, seq=self._seq, clients={}))
+        self._store.write_barrier(barrier_rules.barrier_document(self._plan, state, now=now, seq=self._seq))
         self._shown = visible
         self.due_at = now + self._plan.heartbeat_s
         self._status_due = True
@@ -152,7 +153,7 @@ class Journal:
                 host=socket.gethostname(),
                 seq=self._seq,
                 time_left_s=time_left_s,
-                pools=barrier_rules.pool_views(self._plan, state, obs.now),
+                pools=pool_views(self._plan, state, obs.now),
             )
         )
         self._status_due = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import importlib.util
+import math
 import os
 import socket
 import ssl
@@ -18,7 +19,7 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -26,7 +27,7 @@ from typing import Literal, NamedTuple, Self
 
 import httpx
 
-from slurm_rollout.core.health import ProbeResult, Verdict, counter_value, fold, judge, judge_models, one_line
+from slurm_rollout.core.health import ProbeResult, Verdict, counter_value, fold, judge, judge_models, one_line, rested
 from slurm_rollout.core.model import Endpoint
 from slurm_rollout.core.plan import ProbePolicy
 from slurm_rollout.ports_check import OWN_TROUBLE
@@ -41,6 +42,7 @@ MAX_METRICS_BYTES = 16 << 20  # the page of an engine with many data-parallel ra
 FIRST_PAUSE_S = 0.05  # between readiness checks; doubles up to the policy's period
 STARTS_PER_PASS = 4  # of readiness checks, in one pass of the event loop
 BEAT_S = 0.1
+PAUSED_LOOK_S = 1.0  # how often a paused probe looks whether it goes on
 LATE_BEAT_S = 0.2  # a beat this late is lag; less is an ordinary busy moment
 
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the URLs are http; without it every transport loads a CA bundle
@@ -88,6 +90,9 @@ class Prober:
         self._running: dict[Key, tuple[Target, asyncio.Task[None]]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._known: dict[str, tuple[int, dict[int, Endpoint]]] = {}  # group -> incarnation, endpoints by rank
+        self._paused: Set[str] = frozenset()
+        self._resumed_at: dict[str, float] = {}
+        self._asking: set[Key] = set()  # liveness probes that are on their way
 
     def set_targets(self, targets: Mapping[Key, Target]) -> None:
         """Probe exactly these from now on; the same targets again change nothing.
@@ -108,6 +113,22 @@ class Prober:
             self._known[key.group][1].setdefault(key.rank, Endpoint(rank=key.rank))
             probing = self._until_ready(key, target) if target.mode == "startup" else self._for_good(key, target)
             self._running[key] = target, asyncio.create_task(probing)
+
+    def pause(self, groups: Set[str]) -> None:
+        """Ask nothing more of ready engines of these groups, and of no others; what failed before counts no more.
+
+        A probe that is on its way is let end, and not learnt from. Afterwards one full period passes before the first.
+        """
+        for group in groups - self._paused:
+            _, ranks = self._known.get(group, (0, {}))
+            ranks.update({rank: rested(endpoint) for rank, endpoint in ranks.items()})
+        for group in self._paused - groups:
+            self._resumed_at[group] = self._clock()
+        self._paused = frozenset(groups)
+
+    def is_quiet(self, group: str) -> bool:
+        """Tell whether the group is paused, and no liveness probe of it is on its way any more."""
+        return group in self._paused and not any(key.group == group for key in self._asking)
 
     def endpoints(self, group: str, incarnation: int) -> tuple[Endpoint, ...]:
         """Return what the probes of this incarnation add up to, by rank."""
@@ -173,10 +194,24 @@ class Prober:
         start_at = next_turn(self._clock())
         while True:
             await asyncio.sleep(max(0.0, start_at - self._clock()))
+            if key.group in self._paused:
+                start_at = self._clock() + min(PAUSED_LOOK_S, period_s)
+                continue
+            rested_until = self._resumed_at.get(key.group, -math.inf) + period_s
+            if start_at < rested_until:
+                start_at = next_turn(rested_until)
+                continue
             lagged = self._clock() - start_at > _lag_allowed_s(timeout_s)
             if not lagged:
-                result = await self._probe_liveness(target, question)
-                self._learn(key, result)
+                self._asking.add(key)
+                try:
+                    result = await self._probe_liveness(target, question)
+                finally:
+                    self._asking.discard(key)
+                if key.group in self._paused:
+                    self._wake()
+                else:
+                    self._learn(key, result)
                 lagged = result.lagged
             now = self._clock()
             # After a lag one full period passes before the next verdict: the engines may have been stopped with us.

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard, get_args
 
 from pydantic import ValidationError
 
+from slurm_rollout.core.clients import SYNCING, TRAINING
 from slurm_rollout.core.hostlist import expand
 from slurm_rollout.core.placement import place
 from slurm_rollout.core.plan import (
@@ -33,7 +34,7 @@ from slurm_rollout.core.ports import HTTP, MASTER
 from slurm_rollout.core.request import Allocation, FleetRequest, PoolRequest
 from slurm_rollout.engines import command
 from slurm_rollout.errors import SpecError
-from slurm_rollout.spec_models import Env, Nodes, Pool, Spec, Table, merged
+from slurm_rollout.spec_models import Env, Nodes, Pool, Probe, Restart, Spec, Table, merged
 
 __all__ = ["Spec", "build_plan", "fleet_request", "load_spec", "parse_spec"]
 
@@ -61,6 +62,7 @@ def fleet_request(spec: Spec) -> FleetRequest:
 def _pool_request(spec: Spec, pool: Pool) -> PoolRequest:
     engine = pool.engine.adapter()
     probe, ports = merged(spec.probe, pool.probe), merged(spec.ports, pool.ports)
+    restart = merged(spec.restart, pool.restart)
     env = spec.env[pool.env] if pool.env is not None else Env()
     counter = probe.liveness.counter
     return PoolRequest(
@@ -84,13 +86,24 @@ def _pool_request(spec: Spec, pool: Pool) -> PoolRequest:
             liveness_period_s=probe.liveness.period_s,
             liveness_timeout_s=probe.liveness.timeout_s,
             liveness_failure_threshold=probe.liveness.failure_threshold,
+            pause_in=_pause_in(probe, restart, pool),
+            pause_max_s=probe.pause_max_s,
         ),
-        restart=RestartPolicy(**merged(spec.restart, pool.restart).model_dump()),
+        restart=RestartPolicy(**restart.model_dump()),
         stop=StopPolicy(**merged(spec.stop, pool.stop).model_dump()),
         fence=FencePolicy(**merged(spec.fence, pool.fence).model_dump()),
         port_base=ports.base,
         port_stride=ports.stride,
     )
+
+
+def _pause_in(probe: Probe, restart: Restart, pool: Pool) -> tuple[str, ...]:
+    """Return the phases in which the pool's engines take weights, or sleep because the trainer uses their GPUs."""
+    if probe.pause_in is not None:
+        return tuple(dict.fromkeys(probe.pause_in))
+    if restart.when == "at_barrier":
+        return (TRAINING, SYNCING)
+    return (SYNCING,) if pool.weights == "trained" else ()
 
 
 def build_plan(

@@ -125,6 +125,8 @@ class Probe(Table):
     startup: Startup = Startup()
     readiness: Readiness = Readiness()
     liveness: Liveness = Liveness()
+    pause_in: list[Literal["generating", "training", "syncing"]] | None = None
+    pause_max_s: Seconds = 3600.0
 
 
 class Restart(Table):
@@ -133,6 +135,7 @@ class Restart(Table):
     window_s: Seconds = 3600.0
     backoff_initial_s: SecondsOrZero = 5.0
     backoff_max_s: SecondsOrZero = 300.0
+    when: Literal["at_once", "at_barrier"] = "at_once"
 
 
 class Stop(Table):
@@ -171,7 +174,7 @@ class Pool(Table):
     nodes: Count | None = None
     members_per_node: Count = 1
     min_ready: Count = 1
-    weights: Literal["frozen"] = "frozen"
+    weights: Literal["frozen", "trained"] = "frozen"
     env: str | None = None
     engine: Engine
     probe: Probe = Probe()
@@ -179,16 +182,6 @@ class Pool(Table):
     stop: Stop = Stop()
     fence: Fence = Fence()
     ports: Ports = Ports()
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _weights_of_this_version(cls, value: Any) -> Any:
-        if value == "trained":
-            raise ValueError(
-                'acknowledging weights comes in a later version; this one has "frozen", which serves once verified: '
-                "the trainer has to push its weights again whenever the epoch changes"
-            )
-        return value
 
 
 class Spec(Table):

@@ -76,6 +76,7 @@ class _Step:
     started: tuple[int, ...] | None = None
     listening: set[int] = field(default_factory=set)
     failing: dict[int, int] = field(default_factory=dict)
+    paused: set[int] = field(default_factory=set)  # ranks of which the agent asks nothing
     snapshot: bool = False
     strangers: dict[int, str] = field(default_factory=dict)  # by rank, until its own engine listens
     exit: ExitRecord | None = None
@@ -316,6 +317,8 @@ class Steps:
                 "counter": None
                 if pool.probe.counter is None
                 else {"path": pool.probe.counter.path, "name": pool.probe.counter.name},
+                "barrier": str(self._run.barrier) if pool.probe.pause_in else "",
+                "pool": pool.name,
             },
             "log": {"max_bytes": self._plan.log_max_bytes},
         }
@@ -380,6 +383,9 @@ def _take_in(step: _Step, report: dict[str, Any]) -> None:
             step.strangers[int(report["rank"])] = said
         case "local_probe":
             step.failing[int(report["rank"])] = int(report["failures"])
+        case "probes":
+            rank = int(report["rank"])
+            step.paused = step.paused | {rank} if report["paused"] is True else step.paused - {rank}
         case "snapshot":
             step.snapshot = True
         case "exit":
@@ -414,6 +420,7 @@ def _observation(step: _Step) -> StepObservation:
         stranger=next(iter(step.strangers.values()), ""),
         failing=dict(step.failing),
         snapshot=step.snapshot,
+        probes_paused=step.listening <= step.paused,
         exit=step.exit,
     )
 

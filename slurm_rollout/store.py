@@ -23,7 +23,7 @@ from typing import Any
 
 from slurm_rollout import proc
 from slurm_rollout.core import codec
-from slurm_rollout.core.model import Event, GroupState, Request, RunState
+from slurm_rollout.core.model import ClientState, Event, GroupState, Request, RunState
 from slurm_rollout.core.phases import Phase, Reason
 from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import CorruptFile, LeaseLost, StoreError
@@ -45,6 +45,8 @@ def prepare(run: RunDir, plan: FleetPlan) -> None:
         _make_folders(run.path, 0o700 if plan.private else 0o711)
         for part in (run.requests, run.clients, run.logs, run.steps):
             part.mkdir(mode=0o700, exist_ok=True)
+        for words in run.clients.glob("*.json"):  # of a trainer of before; its acknowledgements stay
+            words.unlink(missing_ok=True)
         _write_early(run, run.plan, json.dumps(codec.encode(plan), indent=1))
         agent = Path(__file__).with_name("agent.py").read_text(encoding="utf-8")
         _write_early(run, run.agent, agent)
@@ -135,7 +137,11 @@ def load_state(
         groups = [_begin_again(g) for g in groups]
     if not same or another_up:
         # A trainer that starts now waits for all groups of a pool, as the first one did.
-        old = replace(old, ending=Reason.NONE, ending_at=0.0, pools_once_ready=(), started_at=0.0)
+        # What the last one said is void; what it pushed is not: versions do not go backwards by a restart.
+        clients = tuple(ClientState(id=c.id, seq=c.seq, echo=c.echo, acks=c.acks) for c in old.clients)
+        old = replace(
+            old, ending=Reason.NONE, ending_at=0.0, pools_once_ready=(), started_at=0.0, clients=clients, paused=()
+        )
     groups = [g if g.since else replace(g, since=now, since_wall=time.time()) for g in groups]
     return replace(
         old,

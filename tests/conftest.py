@@ -30,6 +30,7 @@ class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
         return nodeid if "scenarios/" in nodeid else nodeid.split("::")[0]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
     return Scheduling(config, log)
 

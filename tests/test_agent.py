@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -818,3 +819,45 @@ def test_a_hang_of_the_whole_engine(node: Node, mode: Path) -> None:
 )
 def test_samples_are_added_up(page: str, total: float | None) -> None:
     assert module.sum_samples(page, "t") == total
+
+
+def barrier(path: Path, *, paused: bool) -> None:
+    """Replace the file, as the coordinator does."""
+    pools = [{"name": "actor", "probes": "paused" if paused else "on"}, {"name": "reward", "probes": "on"}]
+    (path.parent / "staged").write_text(json.dumps({"pools": pools}))
+    (path.parent / "staged").rename(path)
+
+
+def test_it_asks_nothing_while_the_barrier_says_that_engines_sleep(node: Node, mode: Path, tmp_path: Path) -> None:
+    path = tmp_path / "barrier.json"
+    barrier(path, paused=False)
+    port = free_port()
+    policy = probing(barrier=str(path), pool="actor")
+    agent = node.agent(server(port, argv=python(ENGINE, port, mode)), probe=policy)
+    agent.go()
+    mode.write_text("503")
+    agent.saw("local_probe", failures=3)
+
+    barrier(path, paused=True)
+    agent.saw("probes", rank=0, paused=True)
+    agent.saw("local_probe", failures=0)
+    before = asked(mode)
+    path.write_text('{"pools": [{"na')  # half visible: its last word holds
+    time.sleep(1.5)  # longer than it takes to look at the barrier again, and thirty periods
+    assert asked(mode) == before
+
+    barrier(path, paused=False)
+    agent.saw("probes", paused=False)
+    agent.saw("local_probe", failures=1)
+    agent.stop()
+
+
+def test_another_pools_pause_is_none_of_its_business(node: Node, mode: Path, tmp_path: Path) -> None:
+    path = tmp_path / "barrier.json"
+    barrier(path, paused=True)
+    port = free_port()
+    policy = probing(barrier=str(path), pool="reward")
+    agent = node.agent(server(port, argv=python(ENGINE, port, mode)), probe=policy)
+    agent.go()
+    more_probes(mode, 3)
+    agent.stop()

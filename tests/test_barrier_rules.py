@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from slurm_rollout.core.barrier_rules import barrier_document, iso, pool_view, pool_views, publish
+from slurm_rollout.core.barrier_rules import barrier_document, iso, publish
 from slurm_rollout.core.model import Cancel, Launch, RunState, Stop
 from slurm_rollout.core.phases import ALIVE, Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import FleetPlan, PoolPlan, RestartPolicy
-from slurm_rollout.core.view import PoolView
+from slurm_rollout.core.pools import PoolView, pool_view, pool_views
 from slurm_rollout.testing.world import World, make_plan
 
 P = Phase
@@ -39,7 +39,7 @@ def two_pools() -> FleetPlan:
 
 
 def document(w: World) -> dict[str, Any]:
-    return barrier_document(w.plan, w.state, now=w.now, seq=len(w.decisions), clients={})
+    return barrier_document(w.plan, w.state, now=w.now, seq=len(w.decisions))
 
 
 # --------------------------------------------------------------------------------------------------------------- pools
@@ -224,8 +224,9 @@ def test_the_document_has_every_field_of_the_contract() -> None:
     w = World(make_plan(2, named_ports=("session",), min_ready=2))
     w.make_ready()
     w.probe("actor/1", 0, refusals=2, last_error="HTTP 503")
+    w.say("trainer", phase="generating")
     w.tick()
-    said = barrier_document(w.plan, w.state, now=w.now, seq=4711, clients={"trainer": {"phase": "generating"}})
+    said = barrier_document(w.plan, w.state, now=w.now, seq=4711)
     groups = said.pop("groups")
     assert said == {
         "schema": 1,
@@ -239,8 +240,21 @@ def test_the_document_has_every_field_of_the_contract() -> None:
         "phase": "waiting",
         "reason": "",
         "message": "actor/1: unready rank 0: HTTP 503",
-        "clients": {"trainer": {"phase": "generating"}},
-        "pools": [{"name": "actor", "phase": "waiting", "ready": 1, "desired": 2, "min_ready": 2}],
+        "may_start": "",
+        "clients": {"trainer": {"phase": "generating", "seq": 1, "hold": False, "acks": 0}},
+        "pools": [
+            {
+                "name": "actor",
+                "phase": "waiting",
+                "ready": 1,
+                "desired": 2,
+                "min_ready": 2,
+                "weights_version": None,
+                "probes": "on",
+                "restarts": "at_once",
+                "may_start": "",
+            }
+        ],
     }
     assert groups == [
         {
@@ -248,11 +262,13 @@ def test_the_document_has_every_field_of_the_contract() -> None:
             "phase": "ready",
             "serving": True,
             "incarnation": 1,
+            "changed": 1,
             "weights": "none",
             "weights_version": None,
             "urls": ["http://n0:18000", "http://n1:18000"],
             "endpoints": {"session": ["http://n0:18002", "http://n1:18002"]},
             "master": "n0:18001",
+            "world_size": 2,
             "since": iso(w.group(0).since_wall),
             "reason": "",
         },
@@ -261,11 +277,13 @@ def test_the_document_has_every_field_of_the_contract() -> None:
             "phase": "unready",
             "serving": False,
             "incarnation": 1,
+            "changed": 2,
             "weights": "none",
             "weights_version": None,
             "urls": [],
             "endpoints": {"session": []},
             "master": "n2:18001",
+            "world_size": 2,
             "since": iso(w.group(1).since_wall),
             "reason": "answers_error",
         },

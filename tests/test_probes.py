@@ -622,3 +622,67 @@ async def test_a_connection_to_itself_is_no_open_port(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(asyncio, "open_connection", from_the_same_port)
     assert await connectable("127.0.0.1", free_port(), 1) is False
+
+
+# -------------------------------------------------------------------------------------------------------------- pauses
+
+
+async def test_paused_engines_are_asked_nothing_and_what_failed_before_counts_no_more() -> None:
+    async with engines(1) as (engine,), watched() as watch:
+        engine.answers[CHAT] = http(503)
+        watch.probe(liveness(engine))
+        await watch.until(lambda: watch.seen().failures >= 2)
+
+        watch.prober.pause({"actor/0"})
+        await watch.until(lambda: watch.prober.is_quiet("actor/0"))
+
+        said = watch.seen()
+        assert (said.failures, said.refusals, said.last_error, said.first_failure_at) == (0, 0, "", None)
+        asked = len(engine.asked)
+        await asyncio.sleep(3 * POLICY.liveness_period_s)  # in which it would be asked thrice
+        assert len(engine.asked) == asked
+
+
+async def test_a_probe_on_its_way_is_let_end_and_not_learnt_from() -> None:
+    async with engines(1) as (engine,), watched() as watch:
+        engine.answers[CHAT] = None
+        watch.probe(liveness(engine, replace(POLICY, liveness_timeout_s=0.5)))
+        await watch.until(lambda: engine.waiting)
+
+        watch.prober.pause({"actor/0"})
+        assert not watch.prober.is_quiet("actor/0"), "a request is on its way"
+        watch.wakes = 0
+        await watch.until(lambda: watch.prober.is_quiet("actor/0"))
+
+        assert engine.waiting == 0
+        assert watch.wakes, "somebody waits for this"
+        assert watch.seen().failures == 0
+
+
+async def test_after_a_pause_one_full_period_passes() -> None:
+    policy = replace(POLICY, liveness_period_s=0.4)
+    async with engines(1) as (engine,), watched() as watch:
+        watch.probe(liveness(engine, policy))
+        await watch.until(lambda: engine.asked)
+        watch.prober.pause({"actor/0"})
+        await watch.until(lambda: watch.prober.is_quiet("actor/0"))
+        engine.asked.clear()
+        resumed_at = time.monotonic()
+        watch.prober.pause(set())
+        await watch.until(lambda: engine.asked)
+        assert engine.asked_at[-1] - resumed_at >= policy.liveness_period_s - 0.01
+
+
+async def test_only_what_is_named_rests_and_starting_engines_are_asked_all_the_same() -> None:
+    async with engines(2) as (resting, starting), watched() as watch:
+        watch.prober.pause({"actor/0"})
+        watch.prober.set_targets(
+            {
+                Key("actor/0", 1, 0): liveness(resting),
+                Key("actor/0", 1, 1): startup(starting),
+                Key("reward/0", 1, 0): liveness(starting),
+            }
+        )
+        await watch.until(lambda: watch.seen(1).proved and len(starting.asked) >= 3)
+        assert not resting.asked
+        assert not watch.prober.is_quiet("reward/0")

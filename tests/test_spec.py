@@ -174,7 +174,12 @@ ARGV = 'argv = ["serve", "{http_port}"]'
             change('kind = "command"', 'kind = "comand"'),
             "pool[0].engine.kind (pool actor) = \"comand\": should be 'command'",
         ),
-        (MINIMAL + 'weights = "trained"', "acknowledging weights comes in a later version"),
+        (MINIMAL + 'weights = "train"', "pool[0].weights (pool actor) = \"train\": should be 'frozen' or 'trained'"),
+        (
+            MINIMAL + 'restart.when = "later"',
+            "pool[0].restart.when (pool actor) = \"later\": should be 'at_once' or 'at_barrier'",
+        ),
+        (MINIMAL + 'probe.pause_in = ["sleeping"]', "should be 'generating', 'training' or 'syncing'"),
         (change("groups = 2", "groups = 0"), "pool[0].groups (pool actor) = 0: should be greater than or equal to 1"),
         (change("groups = 2", 'groups = "2"'), 'pool[0].groups (pool actor) = "2": should be a valid integer'),
         (change("groups = 2", "groups = true"), "pool[0].groups (pool actor) = true: should be a valid integer"),

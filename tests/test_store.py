@@ -20,7 +20,7 @@ import pytest
 from slurm_rollout import proc, store
 from slurm_rollout.cli import up
 from slurm_rollout.core import codec
-from slurm_rollout.core.model import Event, Failure, GroupState, Request, RunState, StepState
+from slurm_rollout.core.model import ClientState, Event, Failure, GroupState, Request, RunState, StepState
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import FleetPlan, SlurmSettings
 from slurm_rollout.errors import CorruptFile, LeaseLost, RunDirBusy, StoreError
@@ -561,6 +561,28 @@ def test_a_new_up_in_the_same_allocation_adopts_what_lives_and_waits_for_all_its
     assert state.groups[0] == old.groups[0]
     assert (state.ending, state.pools_once_ready, state.started_at) == (Reason.NONE, (), 100.0)
     assert (state.epoch, state.serving) == (17, old.serving)
+
+
+@pytest.mark.parametrize("again", [{"first": True}, {"job": "13", "first": True}, {"restart_count": 2, "first": True}])
+def test_a_new_trainer_begins_anew_but_versions_go_on(ready: RunDir, again: dict[str, Any]) -> None:
+    """What an earlier trainer said is void, holds and phases; what it pushed stays the version that counts."""
+    said = ClientState(id="trainer", seq=9, heard_at=3.0, phase="training", hold_s=60.0, hold=True, echo=8, acks=4)
+    written(ready, replace(live_state(), clients=(said,), paused=("actor",), targets={"actor": 41}))
+    for name in ("trainer.json", "trainer.acks.jsonl"):
+        (ready.clients / name).touch()
+
+    store.prepare(ready, make_plan(2))
+    state = load(ready, **again)
+
+    assert state.clients == (ClientState(id="trainer", seq=9, echo=8, acks=4),)
+    assert (state.paused, state.targets) == ((), {"actor": 41})
+    assert [p.name for p in ready.clients.iterdir()] == ["trainer.acks.jsonl"]
+
+
+def test_the_next_coordinator_of_the_same_up_keeps_to_what_trainers_said(ready: RunDir) -> None:
+    said = ClientState(id="trainer", seq=9, heard_at=3.0, phase="training", hold_s=60.0, hold=True, echo=8, acks=4)
+    written(ready, replace(live_state(), clients=(said,), paused=("actor",)))
+    assert load(ready).clients == (said,)
 
 
 def renamed(plan: FleetPlan, nodes: dict[str, str]) -> FleetPlan:

@@ -24,7 +24,8 @@ from slurm_rollout.core.plan import (
     SlurmSettings,
     StopPolicy,
 )
-from slurm_rollout.core.view import MESSAGE_CHARS, PoolView, status_document
+from slurm_rollout.core.pools import PoolView
+from slurm_rollout.core.view import MESSAGE_CHARS, status_document
 
 NOW, WALL = 5_000.0, 1_790_000_000.0
 
@@ -139,7 +140,19 @@ def test_a_healthy_run() -> None:
         "ended": False,
         "blind_since": None,
         "suspect_self_since": None,
-        "pools": [{"name": "actor", "phase": "ready", "ready": 2, "desired": 2, "min_ready": 1, "reason": ""}],
+        "pools": [
+            {
+                "name": "actor",
+                "phase": "ready",
+                "ready": 2,
+                "desired": 2,
+                "min_ready": 1,
+                "reason": "",
+                "weights_version": None,
+                "probes": "on",
+            }
+        ],
+        "clients": [],
         "groups": [
             {
                 "id": f"actor/{index}",

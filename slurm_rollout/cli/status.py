@@ -1,18 +1,24 @@
-"""`status`: how a run stands, from `status.json` alone, whether its coordinator lives or not."""
+"""`status`: how a run stands, from `status.json` alone, whether its coordinator lives or not.
+
+A line for each of many runs is the business of `runs.py`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from slurm_rollout.cli import add_help, add_run_options
 from slurm_rollout.cli.table import clean, columns, cut, duration, terminal_width
 from slurm_rollout.core.hostlist import fold
 from slurm_rollout.errors import CorruptFile, RolloutError, StoreError, UsageError
-from slurm_rollout.rundir import RunDir, find_run_dir, read_json
+from slurm_rollout.rundir import RunDir, default_run_dir, find_run_dir, read_json
 
 SCHEMA = 1
 
@@ -20,7 +26,7 @@ LOST_AFTER_S = 120.0
 """Silence after which the coordinator counts as lost."""
 
 MIN_INTERVAL_S = 5.0
-"""More often tells nothing new (the coordinator writes every few seconds) and only loads the file system."""
+"""More often tells nothing new (the coordinator writes every few seconds) and loads the file system or slurmctld."""
 
 READY, NOT_READY, UNKNOWN = 0, 3, 4
 
@@ -29,8 +35,16 @@ _RETRY_S = (0.02, 0.05, 0.1)
 
 ALIVE, LOST, ENDED = "alive", "lost", "ended"
 
+ODD = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+"""What the content of another version's status file, or of none, may raise."""
+
 _HELP = """\
 Shows the last word of the run's coordinator, and how old it is. Times are as of that word.
+
+Which run: --run-dir, ROLLOUT_RUN_DIR, the job in which or in whose submit directory you are; --job, wherever it was
+submitted. Else, and with -u, -a, --me: a line for each run of these users' jobs in the queue, with one squeue. A run
+is found by the word slurm-rollout:/its/directory in its job's comment, else as rollout-runs/JOB in the job's working
+directory. There AGE is that of the coordinator's word, LEFT the job's time; what cannot be read is "unknown".
 
 BUDGET is restarts left/of within the window; where a start-up failed, start-up failures follow: left/of.
 NEXT is what time will bring, and in how long: launch (after a backoff), go (engines start when every node is
@@ -39,7 +53,8 @@ MESSAGE is what keeps a group from going on, LAST FAILURE is history: it stays w
 "Blind": Slurm does not answer. "Suspects itself": most groups time out at once, so only the agents are believed.
 
 Exit codes: 0 all groups ready, 3 some not (or the run has ended), 4 unknown: no heartbeat of the coordinator
-for 120 s, or no status file that can be read; 1, 2 as everywhere. What to do: docs/troubleshooting.md."""
+for 120 s, or no status file that can be read; of many runs the worst; 1 Slurm does not answer; 2 usage. What to do:
+docs/troubleshooting.md."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,8 +64,12 @@ def add_parser(subparsers: Any) -> None:
     )
     add_help(parser)
     add_run_options(parser)
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument("--me", action="store_true", help="a line for each of your runs")
+    whose.add_argument("-u", "--user", metavar="USER,...", help="a line for each run of these users")
+    whose.add_argument("-a", "--all-users", action="store_true", help="a line for each run of anybody")
     parser.add_argument("--json", action="store_true", help="the whole document, with `meta` and `errors`")
-    parser.add_argument("-h", "--noheader", action="store_true", help="only the rows of the groups")
+    parser.add_argument("-h", "--noheader", action="store_true", help="only the rows of the groups, or of the runs")
     parser.add_argument(
         "-i", "--iterate", type=float, metavar="SECONDS", help="repeat, with the time, until Ctrl-C; at least 5"
     )
@@ -60,18 +79,33 @@ def add_parser(subparsers: Any) -> None:
 def run_status(args: argparse.Namespace) -> int:
     """Print the status once, or every `-i` seconds; return the exit code of the last look."""
     if args.iterate is not None and not args.iterate >= MIN_INTERVAL_S:
-        raise UsageError(f"-i {args.iterate:g}: at least {MIN_INTERVAL_S:g} s, the coordinator writes no more often")
-    run = find_run_dir(args.run_dir, args.job)
+        raise UsageError(
+            f"-i {args.iterate:g}: at least {MIN_INTERVAL_S:g} s. The coordinator writes no more often, and to look at "
+            "all runs is a question to slurmctld"
+        )
+    look = _what_to_look_at(args)
     while True:
         if args.iterate is not None and not args.json:
             print(time.strftime("%a %b %d %H:%M:%S %Y"))
-        code = _look(run, as_json=args.json, header=not args.noheader, one_line=args.iterate is not None)
+        code = look(as_json=args.json, header=not args.noheader, one_line=args.iterate is not None)
         if args.iterate is None:
             return code
         if not args.json:
             print()
         sys.stdout.flush()
         time.sleep(args.iterate)
+
+
+def _what_to_look_at(args: argparse.Namespace) -> Callable[..., int]:
+    many = args.me or args.all_users or args.user is not None
+    if many and (args.job or args.run_dir):
+        raise UsageError("-j and --run-dir name one run, --me, -u and -a ask for many")
+    named = args.job or args.run_dir or os.environ.get("ROLLOUT_RUN_DIR") or os.environ.get("SLURM_JOB_ID")
+    if not many and (named or os.path.exists(default_run_dir())):
+        return partial(_look, find_run_dir(args.run_dir, args.job))
+    from slurm_rollout.cli.runs import RunsOf  # one run needs nothing of this
+
+    return RunsOf(user=args.user, everybody=args.all_users, asked=many).look
 
 
 def _look(run: RunDir, *, as_json: bool, header: bool, one_line: bool) -> int:
@@ -86,15 +120,12 @@ def _look(run: RunDir, *, as_json: bool, header: bool, one_line: bool) -> int:
         verdict, error = judge(document, age_s)
         text = render(document, age_s=age_s, verdict=verdict, header=header, width=terminal_width(sys.stdout))
         meta |= {"age_s": round(age_s, 3), "coordinator": verdict}
+        code = exit_code(document, verdict)
         if error:
             errors.append(error)
-        elif verdict is ENDED or any(g["phase"] != "ready" for g in document["groups"]):
-            code = NOT_READY
-        else:
-            code = READY
     except RolloutError as e:
         errors.append(str(e))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+    except ODD as e:
         document = {}
         errors.append(f"{run.status} is not a status file of this version: {type(e).__name__} {e}")
     if as_json:
@@ -157,6 +188,13 @@ def judge(document: dict[str, Any], age_s: float) -> tuple[str, str]:
             "disagree, so nobody can say how old it is"
         )
     return ALIVE, ""
+
+
+def exit_code(document: dict[str, Any], verdict: str) -> int:
+    """Return what `status` ends with for a run of which `judge` said `verdict`."""
+    if verdict is LOST:
+        return UNKNOWN
+    return NOT_READY if verdict is ENDED or any(g["phase"] != "ready" for g in document["groups"]) else READY
 
 
 def known_groups(run: RunDir) -> tuple[str, ...]:
@@ -255,7 +293,7 @@ def _group_row(group: dict[str, Any], at: float) -> tuple[object, ...]:
     when = "" if step["at"] is None else f" {duration(step['at'] - at)}"
     notes = [group["reason"]] if group["phase"] != "ready" and group["reason"] else []
     notes += ["slow"] if group["slow"] else []
-    notes += ["stale"] if group["weights"] == "stale" else []
+    notes += ["stale"] if group["phase"] == "ready" and group["weights"] == "stale" else []
     return (
         group["id"],
         group["phase"],

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from slurm_rollout.core.clients import keeps_from_starting
 from slurm_rollout.core.model import GroupState, RunState
-from slurm_rollout.core.phases import Phase, PoolPhase, Reason
-from slurm_rollout.core.plan import FleetPlan, PoolPlan
-from slurm_rollout.core.view import PoolView
+from slurm_rollout.core.phases import PoolPhase, Reason
+from slurm_rollout.core.plan import FleetPlan
+from slurm_rollout.core.pools import is_alive, pool_views, serves, weights
 
 SCHEMA = 1
 
@@ -22,52 +22,26 @@ _WORST_FIRST = (
 )
 
 
-def serves(g: GroupState) -> bool:
-    """Tell whether this group's incarnation may be used by the trainer."""
-    return g.phase is Phase.READY
-
-
-def pool_view(pool: PoolPlan, run: RunState, now: float, degraded_timeout_s: float) -> PoolView:
-    """Return what a pool looks like to the trainer."""
-    groups = [run.group(g.id) for g in pool.groups]
-    ready = sum(serves(g) for g in groups)
-    desired = len(groups)
-    possible = sum(g.phase is not Phase.FAILED for g in groups)
-    reason = ""
-    if possible < pool.min_ready:
-        phase, reason = PoolPhase.FAILED, "budget_spent"
-    elif run.ending:
-        phase, reason = PoolPhase.STOPPED, run.ending.value
-    elif pool.name in run.pools_once_ready:
-        phase = PoolPhase.READY if ready >= pool.min_ready else PoolPhase.WAITING
-    else:
-        # For the first time it waits for every group that can still come.
-        waited = now - run.started_at >= degraded_timeout_s
-        enough = pool.min_ready if waited else max(possible, pool.min_ready)
-        phase = PoolPhase.READY if ready >= enough else PoolPhase.WAITING
-    if phase is PoolPhase.READY and ready < desired:
-        reason = "degraded"
-    return PoolView(name=pool.name, phase=phase, ready=ready, desired=desired, min_ready=pool.min_ready, reason=reason)
-
-
-def pool_views(plan: FleetPlan, run: RunState, now: float) -> tuple[PoolView, ...]:
-    """Return every pool's view."""
-    return tuple(pool_view(p, run, now, plan.degraded_timeout_s) for p in plan.pools)
-
-
 def publish(plan: FleetPlan, run: RunState, now: float) -> RunState:
     """Return `run` with pools' first readiness, the epoch and the phase of the whole brought up to date."""
     views = pool_views(plan, run, now)
-    once = tuple(v.name for v in views if v.phase is PoolPhase.READY and v.name not in run.pools_once_ready)
-    serving = tuple((g.id, g.incarnation) for g in run.groups if serves(g))
+    came = (PoolPhase.READY, PoolPhase.NEEDS_WEIGHTS)
+    once = tuple(v.name for v in views if v.phase in came and v.name not in run.pools_once_ready)
+    alive = tuple((g.id, g.incarnation) for g in run.groups if is_alive(g))
+    serving = tuple((g.id, g.incarnation) for g in run.groups if serves(plan.pool_of(g.id), run, g))
+    epoch = run.epoch + ((alive, serving) != (run.alive, run.serving))
+    moved = {group for group, _ in set(alive) ^ set(run.alive)}
+    groups = tuple(replace(g, changed=epoch) if g.id in moved else g for g in run.groups) if moved else run.groups
     phase = min((v.phase for v in views), key=_WORST_FIRST.index)
     if run.phase is PoolPhase.FAILED and run.ending:
         phase = PoolPhase.FAILED  # what the trainer was told about a dead fleet stays said
     return replace(
         run,
+        groups=groups,
         pools_once_ready=run.pools_once_ready + once,
+        alive=alive,
         serving=serving,
-        epoch=run.epoch + (serving != run.serving),
+        epoch=epoch,
         phase=phase,
     )
 
@@ -78,11 +52,11 @@ def barrier_document(
     *,
     now: float,
     seq: int,
-    clients: Mapping[str, object],
 ) -> dict[str, object]:
     """Return the content of `barrier.json`."""
     views = pool_views(plan, run, now)
-    troubled = [g for g in run.groups if not serves(g)]
+    troubled = [g for g in run.groups if not serves(plan.pool_of(g.id), run, g)]
+    kept = {p.name: keeps_from_starting(plan, run, p, now) for p in plan.pools}
     degraded = run.phase is PoolPhase.READY and any(v.reason == "degraded" for v in views)
     reason = "degraded" if degraded else next((v.reason for v in views if v.phase is run.phase and v.reason), "")
     if run.phase is PoolPhase.FAILED:
@@ -98,8 +72,9 @@ def barrier_document(
         "epoch": run.epoch,
         "phase": run.phase.value,
         "reason": reason,
-        "message": "; ".join(f"{g.id}: {g.phase} {g.message or g.reason}".strip() for g in troubled)[:500],
-        "clients": clients,
+        "message": "; ".join(_trouble(g) for g in troubled)[:500],
+        "may_start": next((why for why in kept.values() if why), ""),
+        "clients": {c.id: {"phase": c.phase, "seq": c.echo, "hold": c.hold, "acks": c.acks} for c in run.clients},
         "pools": [
             {
                 "name": v.name,
@@ -107,6 +82,10 @@ def barrier_document(
                 "ready": v.ready,
                 "desired": v.desired,
                 "min_ready": v.min_ready,
+                "weights_version": run.targets.get(v.name),
+                "probes": "paused" if v.name in run.paused else "on",
+                "restarts": plan.pool(v.name).restart.when,
+                "may_start": kept[v.name],
             }
             for v in views
         ],
@@ -114,23 +93,29 @@ def barrier_document(
     }
 
 
+def _trouble(g: GroupState) -> str:
+    said = "ready, but stale: its weights are not the pool's" if is_alive(g) else f"{g.phase} {g.message or g.reason}"
+    return f"{g.id}: {said}".strip()
+
+
 def _group_entry(plan: FleetPlan, run: RunState, g: GroupState) -> dict[str, object]:
-    group = plan.group(g.id)
-    names = plan.pool(group.pool).named_ports
-    proved = serves(g)
+    group, pool = plan.group(g.id), plan.pool_of(g.id)
+    proved = is_alive(g)
     return {
         "id": g.id,
         "phase": g.phase.value,
-        "serving": proved,
+        "serving": serves(pool, run, g),
         "incarnation": g.incarnation,
-        "weights": g.weights,
+        "changed": g.changed,
+        "weights": weights(pool, run, g),
         "weights_version": g.weights_version,
         "urls": [m.url for m in group.entrypoints] if proved else [],
         "endpoints": {
             name: [f"http://{group.addresses[m.node]}:{m.ports[name]}" for m in group.entrypoints] if proved else []
-            for name in names
+            for name in pool.named_ports
         },
         "master": f"{group.master_address}:{group.master_port}",
+        "world_size": group.world_size,
         "since": iso(g.since_wall),
         "reason": g.reason.value if g.reason is not Reason.NONE else "",
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from slurm_rollout.core import barrier_rules
+from slurm_rollout.core import barrier_rules, clients
 from slurm_rollout.core.group import Context, Out, advance, has_living_steps, stop, to
 from slurm_rollout.core.model import (
     Decision,
@@ -31,6 +31,7 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
     """Return what `run` becomes in view of `obs`, and the actions, events and questions that follow."""
     events: list[Event] = []
     run = _heed(plan, run, obs, events)
+    run = clients.heed(plan, run, obs, events)
     contexts = _contexts(plan, run, obs)
     run = _note_blindness(run, obs, events)
 
@@ -55,6 +56,10 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
             wake_at = out.wake_at if wake_at is None else min(wake_at, out.wake_at)
 
     after = _suspect_self(replace(run, groups=tuple(groups)), contexts, obs, events)
+    after = clients.answer(plan, after, obs, events)
+    for at in clients.next_change_at(plan, after):
+        if at > obs.now:
+            wake_at = at if wake_at is None else min(wake_at, at)
     after = barrier_rules.publish(plan, after, obs.now)
     if after.epoch != run.epoch:
         serving = ", ".join(f"{g} (incarnation {n})" for g, n in after.serving) or "nothing"
@@ -165,6 +170,7 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
         seen[g.id] = found
     living = {g.id for g in run.groups if has_living_steps(seen[g.id])}
     suspect = _most_time_out(run, seen)
+    kept = {p.name: clients.keeps_from_starting(plan, run, p, obs.now) for p in plan.pools}
     return {
         group.id: Context(
             plan=plan,
@@ -174,6 +180,7 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
             seen=seen[group.id],
             others_live=bool(living - {group.id}),
             ask_agents=suspect,
+            kept=kept[pool.name],
         )
         for pool in plan.pools
         for group in pool.groups

@@ -71,6 +71,7 @@ class Context:
     seen: GroupObservation  # of the current incarnation; empty when nothing was observed of it
     ask_agents: bool = False  # most groups time out at once: only what the agents see too counts
     others_live: bool = True  # another group has living steps, so the job is not ending
+    kept: str = ""  # why a trainer's client keeps its pool's groups from starting
 
 
 @dataclass(slots=True)
@@ -284,6 +285,9 @@ def _fenced(ctx: Context, g: GroupState, out: Out) -> GroupState:
         delay = g.not_before - now
         out.events.append(event(g, "waiting", f"next start in {delay:.0f} s", delay_s=round(delay, 1)))
         return to(ctx, g, Phase.BACKOFF, g.reason, f"next start in {delay:.0f} s", **_NO_STEPS)
+    if ctx.kept:
+        out.events.append(event(g, "waiting", ctx.kept))
+        return to(ctx, g, Phase.BACKOFF, g.reason, ctx.kept, **_NO_STEPS)
     if not _job_goes_on(ctx, g, out):
         return replace(g, message=ASKING)
     return _launch(ctx, g, out)
@@ -321,6 +325,7 @@ def _launch(ctx: Context, g: GroupState, out: Out) -> GroupState:
         go_sent_at=None,
         goes_to=Phase.FENCING,
         slow=False,
+        weights_version=None,
         marks=replace(g.marks, launched_at=ctx.obs.now, go_at=None, ready_at=None),
     )
     out.events.append(event(g, "launching", f"on {', '.join(nodes)}", nodes=list(nodes)))
@@ -333,6 +338,8 @@ def _backoff(ctx: Context, g: GroupState, out: Out) -> GroupState:
     if ctx.obs.now < g.not_before:
         out.wake(g.not_before)
         return g
+    if ctx.kept:
+        return replace(g, message=ctx.kept)
     return to(ctx, g, Phase.FENCING, g.reason)
 
 

@@ -93,6 +93,13 @@ def _fold_liveness_failure(endpoint: Endpoint, result: ProbeResult) -> Endpoint:
     )
 
 
+def rested(endpoint: Endpoint) -> Endpoint:
+    """Return an endpoint of which nothing was asked for a while: what failed before counts no more."""
+    return replace(
+        endpoint, failures=0, refusals=0, slow=False, last_error="", last_counter=None, first_failure_at=None
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------- judges
 
 

@@ -78,8 +78,23 @@ class GroupState:
     restarts: int = 0  # launches after the first, for any reason
     marks: Marks = field(default_factory=Marks)
     slow: bool = False  # answers late, progresses: an event, never a restart
-    weights: str = "none"  # "none" for frozen pools
-    weights_version: int | None = None
+    weights_version: int | None = None  # that the trainer acknowledged for this incarnation
+    changed: int = 0  # the epoch in which an incarnation of it last came or went
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientState:
+    """What a trainer's client said last, and how far that is so."""
+
+    id: str
+    seq: int = 0  # the newest word that was heard
+    heard_at: float = 0.0
+    phase: str = ""  # "generating", "training", "syncing"; empty: it never announced one
+    hold_s: float = 0.0  # a hold is asked for or kept; expires so long after `heard_at`
+    waiting_s: float = 0.0  # it sits in `wait_ready`; that word holds for so long after `heard_at`
+    hold: bool = False  # granted
+    echo: int = 0  # the newest word of which everything is so
+    acks: int = 0  # acknowledgements taken in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +107,11 @@ class RunState:
     term: int
     epoch: int = 0
     groups: tuple[GroupState, ...] = ()
-    serving: tuple[tuple[str, int], ...] = ()  # (group, incarnation) that the epoch stands for
+    serving: tuple[tuple[str, int], ...] = ()  # (group, incarnation) that may serve in this epoch
+    alive: tuple[tuple[str, int], ...] = ()  # that have URLs in it: those that serve, and the stale ones
+    clients: tuple[ClientState, ...] = ()
+    paused: tuple[str, ...] = ()  # pools of whose engines nothing is asked, because a client said so
+    targets: Mapping[str, int] = field(default_factory=dict)  # trained pool -> the weights version that serves
     pools_once_ready: tuple[str, ...] = ()
     started_at: float = 0.0
     ending: Reason = Reason.NONE  # OPERATOR, RUN_ENDING or JOB_ENDING once the run drains
@@ -153,6 +172,7 @@ class StepObservation:
     stranger: str = ""  # who holds an entrypoint's socket, where it is not the agent's tree
     failing: Mapping[int, int] = field(default_factory=dict)  # rank -> node-local probe failures in a row
     snapshot: bool = False  # the agent wrote down what its engines' processes were doing
+    probes_paused: bool = False  # the agent asks its engines nothing
     exit: ExitRecord | None = None
 
 
@@ -183,6 +203,7 @@ class GroupObservation:
     steps: tuple[StepObservation, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()
     ports_open: tuple[str, ...] | None = None  # "address:port" that accept a connection
+    probes_paused: bool = False  # the coordinator asks its engines nothing, and no liveness probe is on its way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +232,28 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    """A trainer's word that it pushed a version of the weights into these incarnations."""
+
+    n: int  # counts from 1 for each client
+    version: int
+    groups: tuple[tuple[str, int], ...]
+    rollback: bool = False  # the version may be lower than the last one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientWords:
+    """What a client's files say now (docs/barrier.md)."""
+
+    id: str
+    seq: int = 0
+    phase: str = ""
+    hold_s: float = 0.0
+    waiting_s: float = 0.0
+    acks: tuple[Ack, ...] = ()  # in order; those that were taken in already may be left out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """The world, once per tick. Whatever is missing was not observed."""
 
@@ -222,6 +265,7 @@ class Observation:
     job: Job = Job.UNKNOWN
     job_asked_at: float | None = None  # when the question was asked that `job` answers
     requests: tuple[Request, ...] = ()
+    clients: tuple[ClientWords, ...] = ()
     stop_signal: bool = False
 
     def group(self, group_id: str) -> GroupObservation | None:

@@ -48,6 +48,8 @@ class ProbePolicy:
     liveness_period_s: float = 15.0
     liveness_timeout_s: float = 30.0
     liveness_failure_threshold: int = 4
+    pause_in: tuple[str, ...] = ()  # phases of the trainer in which nothing is asked of engines that were proved
+    pause_max_s: float = 3600.0  # so long at most, counted from the announcement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,7 @@ class RestartPolicy:
     window_s: float = 3600.0
     backoff_initial_s: float = 5.0
     backoff_max_s: float = 300.0
+    when: str = "at_once"  # "at_barrier": only while the trainer permits it, because it uses the same GPUs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +141,11 @@ class GroupPlan:
         return self.leader.ports["master"]
 
     @property
+    def world_size(self) -> int:
+        """Workers of its engine, as a trainer's update group counts them: its GPUs; its members where it has none."""
+        return sum(len(m.gpus) for m in self.members) or len(self.members)
+
+    @property
     def entrypoints(self) -> tuple[Member, ...]:
         return tuple(m for m in self.members if m.entrypoint)
 
@@ -159,7 +167,7 @@ class PoolPlan:
     name: str
     groups: tuple[GroupPlan, ...]
     min_ready: int
-    weights: str  # "frozen"; "trained" comes with weight acknowledgement
+    weights: str  # "frozen"; "trained": serves once the trainer acknowledged its push into the incarnation
     engine: str  # kind
     named_ports: tuple[str, ...]  # published as endpoints
     env: Environment
@@ -167,6 +175,15 @@ class PoolPlan:
     restart: RestartPolicy
     stop: StopPolicy
     fence: FencePolicy
+
+    @property
+    def is_trained(self) -> bool:
+        return self.weights == "trained"
+
+    @property
+    def heeds_holds(self) -> bool:
+        """Whether its starts can be in a trainer's way: it pushes weights into it, or uses the same GPUs."""
+        return self.is_trained or self.restart.when == "at_barrier"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +223,10 @@ class FleetPlan:
 
     def pool(self, name: str) -> PoolPlan:
         return next(p for p in self.pools if p.name == name)
+
+    def pool_of(self, group_id: str) -> PoolPlan:
+        """Return the pool of a group; KeyError when the run has no such group."""
+        return self.pool(self.group(group_id).pool)
 
     def group(self, group_id: str) -> GroupPlan:
         """Return the group; KeyError when the run has no such group."""

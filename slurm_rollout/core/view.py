@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from slurm_rollout.core.model import Failure, GroupState, RunState
-from slurm_rollout.core.phases import Phase, PoolPhase, Reason
+from slurm_rollout.core.phases import Phase
 from slurm_rollout.core.plan import FleetPlan, PoolPlan
+from slurm_rollout.core.pools import PoolView, serves, weights
 from slurm_rollout.core.restart import recent
 
 SCHEMA = 1
@@ -22,18 +22,6 @@ MESSAGE_CHARS = 200
 """Longer messages are cut."""
 
 _URL = re.compile(r"\b[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolView:
-    """How a pool stands, as the trainer sees it."""
-
-    name: str
-    phase: PoolPhase
-    ready: int
-    desired: int
-    min_ready: int
-    reason: str = ""
 
 
 def status_document(
@@ -70,7 +58,7 @@ def status_document(
         "time_left_s": time_left_s,
         "phase": state.phase.value,
         "reason": next((p.reason for p in pools if p.phase is state.phase and p.reason), ""),
-        "message": _message(state),
+        "message": _message(plan, state),
         "ending": state.ending.value,
         "ending_since": unix(state.ending_at) if state.ending else None,
         "ended": bool(state.ending) and all(g.phase is Phase.STOPPED for g in state.groups),
@@ -84,8 +72,20 @@ def status_document(
                 "desired": p.desired,
                 "min_ready": p.min_ready,
                 "reason": p.reason,
+                "weights_version": state.targets.get(p.name),
+                "probes": "paused" if p.name in state.paused else "on",
             }
             for p in pools
+        ],
+        "clients": [
+            {
+                "id": c.id,
+                "phase": c.phase,
+                "hold": "granted" if c.hold else "asked" if c.hold_s else "",
+                "waits": c.waiting_s > 0,
+                "heard": unix(c.heard_at),
+            }
+            for c in state.clients
         ],
         "groups": [_group(plan, state, g, now=now, wall=wall) for g in state.groups],
         "nodes": list(plan.nodes),
@@ -137,7 +137,7 @@ def _group(plan: FleetPlan, state: RunState, g: GroupState, *, now: float, wall:
         "failure": None if g.failure is None else _failure(g.failure),
         "nodes": list(planned.nodes),
         "slow": g.slow,
-        "weights": g.weights,
+        "weights": weights(pool, state, g),
         "weights_version": g.weights_version,
     }
 
@@ -174,12 +174,15 @@ def _next(pool: PoolPlan, g: GroupState, *, ending: bool, now: float) -> tuple[s
     return "", None
 
 
-def _message(state: RunState) -> str:
+def _message(plan: FleetPlan, state: RunState) -> str:
     """Say in one line what keeps the run from being whole."""
-    at_fault = [g for g in state.groups if g.phase is not Phase.READY]
+    at_fault = [g for g in state.groups if not serves(plan.pool(plan.group(g.id).pool), state, g)]
     if state.ending or not at_fault:
         return ""
-    named = [f"{g.id} {g.phase}" + (f" ({g.reason})" if g.reason is not Reason.NONE else "") for g in at_fault[:3]]
+    named = [
+        f"{g.id} stale" if g.phase is Phase.READY else f"{g.id} {g.phase}" + (f" ({g.reason})" if g.reason else "")
+        for g in at_fault[:3]
+    ]
     more = f" and {len(at_fault) - 3} more" if len(at_fault) > 3 else ""
     return ", ".join(named) + more
 

@@ -17,8 +17,10 @@ from typing import TypeVar
 from slurm_rollout.core import codec
 from slurm_rollout.core.decide import decide
 from slurm_rollout.core.model import (
+    Ack,
     Action,
     Cancel,
+    ClientWords,
     Decision,
     Endpoint,
     Event,
@@ -65,6 +67,7 @@ def make_plan(
     *,
     pool: str = "actor",
     min_ready: int = 1,
+    weights: str = "frozen",
     entrypoints: str = "all",
     named_ports: tuple[str, ...] = (),
     probe: ProbePolicy | None = None,
@@ -105,7 +108,7 @@ def make_plan(
         name=pool,
         groups=tuple(made),
         min_ready=min_ready,
-        weights="frozen",
+        weights=weights,
         engine="command",
         named_ports=named_ports,
         env=Environment(),
@@ -140,6 +143,8 @@ class World:
     job: Job = Job.UNKNOWN
     job_asked_at: float | None = None
     requests: list[Request] = field(default_factory=list)
+    clients: dict[str, ClientWords] = field(default_factory=dict)
+    probing: set[str] = field(default_factory=set)  # groups with a probe that stays on its way
     stop_signal: bool = False
     blind: bool = False  # Slurm does not answer
     deaf: set[str] = field(default_factory=set)  # nodes whose agents do not hear signals
@@ -172,6 +177,7 @@ class World:
                     steps=tuple(self.steps[k] for k in self._watched(g)),
                     endpoints=tuple(e for k, e in self.endpoints.items() if k[:2] == (g.id, g.incarnation)),
                     ports_open=self.ports_open.get(g.id, ()) if g.phase is Phase.FENCING else None,
+                    probes_paused=self._rests(g.id) and g.id not in self.probing,
                 )
                 for g in self.state.groups
             ),
@@ -180,8 +186,12 @@ class World:
             job=self.job,
             job_asked_at=self.job_asked_at,
             requests=tuple(self.requests),
+            clients=tuple(self.clients.values()),
             stop_signal=self.stop_signal,
         )
+
+    def _rests(self, group: str) -> bool:
+        return self.plan.group(group).pool in self.state.paused
 
     def _watched(self, g: GroupState) -> list[Key]:
         """The steps of the state, and those whose srun lingers after their agent's last word."""
@@ -300,7 +310,7 @@ class World:
                     record = ExitRecord(cause="swept", message="")
                     step = replace(step, exit=record, process=Process.EXITED, exited_at=self.now, exit_code=0)
                 else:
-                    step = replace(step, spoke=True, fenced=True, waiting_for="")
+                    step = replace(step, spoke=True, fenced=True, waiting_for="", probes_paused=self._rests(g.id))
                 self.steps[key] = step
             if keys and all(self.steps[k].started is not None for k in keys):
                 for member in self.plan.group(g.id).entrypoints:
@@ -393,6 +403,18 @@ class World:
     def ask_job(self, job: Job) -> None:
         """Slurm answers what the job's state is."""
         self.job, self.job_asked_at = job, self.now
+
+    def say(self, client: str = "trainer", **words: object) -> None:
+        """A trainer's client says something; what it said before and does not name stays said."""
+        known = self.clients.get(client, ClientWords(id=client))
+        self.clients[client] = replace(known, seq=known.seq + 1, **words)  # type: ignore[arg-type]  # any of its words
+
+    def ack(self, version: int, *groups: str, client: str = "trainer", rollback: bool = False) -> None:
+        """A client acknowledges a push into the groups' current incarnations."""
+        known = self.clients.get(client, ClientWords(id=client))
+        named = tuple((g, self.state.group(g).incarnation) for g in groups)
+        ack = Ack(n=len(known.acks) + 1, version=version, groups=named, rollback=rollback)
+        self.clients[client] = replace(known, acks=(*known.acks, ack))
 
     def ask(self, verb: str, *groups: str) -> None:
         """An operator's request."""

@@ -47,14 +47,16 @@ def test_a_stranger_that_answers_200_in_place_of_our_engine_is_not_our_engine(la
 
 
 def test_an_orphan_that_holds_a_port_without_a_mark_is_ended_before_the_next_start(lab: Lab) -> None:
-    """It left its session and emptied its environment; its agent, the only parent that knew it, is killed with it."""
+    """It left its session and emptied its environment, and its agent, the only parent that knew it, is killed."""
     lab.fleet.fault("actor/0/1", orphan=True, incarnations=[1])
     fleet = lab.up(groups=1, load_s=2.0)
     lab.wait_ready()
     orphan = lab.orphan(1)
     assert proc.environ(orphan) == {}
-    for agent in fleet.agents("actor/0"):
-        os.kill(agent, signal.SIGKILL)
+    adopted = proc.read(orphan)
+    assert adopted is not None
+    assert adopted.parent in fleet.agents("actor/0")
+    os.kill(adopted.parent, signal.SIGKILL)
     fleet.wait_serving("actor/0", 2, timeout_s=90)
     left = proc.read(orphan)
     assert left is None or left.state == "Z"

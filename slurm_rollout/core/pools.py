@@ -1,0 +1,67 @@
+"""Which groups live and which may serve, and how a pool stands by that. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slurm_rollout.core.model import GroupState, RunState
+from slurm_rollout.core.phases import Phase, PoolPhase
+from slurm_rollout.core.plan import FleetPlan, PoolPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolView:
+    """How a pool stands, as the trainer sees it."""
+
+    name: str
+    phase: PoolPhase
+    ready: int  # groups that serve
+    desired: int
+    min_ready: int
+    reason: str = ""
+
+
+def is_alive(g: GroupState) -> bool:
+    """Tell whether this group's incarnation was proved alive, and has URLs: the trainer may push weights into it."""
+    return g.phase is Phase.READY
+
+
+def weights(pool: PoolPlan, run: RunState, g: GroupState) -> str:
+    """Return `none` in a frozen pool; else `current` for the pool's target version, `stale` for any other or none."""
+    if not pool.is_trained:
+        return "none"
+    return "current" if g.weights_version is not None and g.weights_version == run.targets.get(pool.name) else "stale"
+
+
+def serves(pool: PoolPlan, run: RunState, g: GroupState) -> bool:
+    """Tell whether this group's incarnation may be used by the trainer."""
+    return is_alive(g) and weights(pool, run, g) != "stale"
+
+
+def pool_view(pool: PoolPlan, run: RunState, now: float, degraded_timeout_s: float) -> PoolView:
+    """Return what a pool looks like to the trainer."""
+    groups = [run.group(g.id) for g in pool.groups]
+    alive = sum(is_alive(g) for g in groups)
+    ready = sum(serves(pool, run, g) for g in groups)
+    desired = len(groups)
+    possible = sum(g.phase is not Phase.FAILED for g in groups)
+    reason = ""
+    # For the first time it waits for every group that can still come.
+    first = pool.name not in run.pools_once_ready and now - run.started_at < degraded_timeout_s
+    enough = max(possible, pool.min_ready) if first else pool.min_ready
+    if possible < pool.min_ready:
+        phase, reason = PoolPhase.FAILED, "budget_spent"
+    elif run.ending:
+        phase, reason = PoolPhase.STOPPED, run.ending.value
+    elif alive < enough:
+        phase = PoolPhase.WAITING
+    elif ready < pool.min_ready:
+        phase, reason = PoolPhase.NEEDS_WEIGHTS, "stale"
+    else:
+        phase, reason = PoolPhase.READY, "degraded" if ready < desired else ""
+    return PoolView(name=pool.name, phase=phase, ready=ready, desired=desired, min_ready=pool.min_ready, reason=reason)
+
+
+def pool_views(plan: FleetPlan, run: RunState, now: float) -> tuple[PoolView, ...]:
+    """Return every pool's view."""
+    return tuple(pool_view(p, run, now, plan.degraded_timeout_s) for p in plan.pools)
