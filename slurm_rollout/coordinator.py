@@ -50,6 +50,7 @@ from slurm_rollout.core.names import MARK, mark, step_prefix
 from slurm_rollout.core.phases import ALIVE, Phase
 from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import LeaseLost, RolloutError, Unobservable
+from slurm_rollout.hook import EventHook
 from slurm_rollout.journal import Journal
 from slurm_rollout.ports_check import open_ports
 from slurm_rollout.probes import Key, Prober, Target
@@ -65,6 +66,9 @@ FAST_S = 0.005
 
 SLOW_S = 0.25
 """How often otherwise, and how often operators' requests and trainers' words are looked for."""
+
+HOOK_END_S = 2.0
+"""So long the last events may take to reach `on_event` at the end of a term."""
 
 QUERY_PAUSE_S = 1.0
 """Least pause between two questions of one kind to Slurm."""
@@ -99,7 +103,8 @@ class Coordinator:
         self._state = state
         self._backend = backend
         self._store = Store(run, state.term, private=plan.private)
-        self._journal = Journal(plan, self._store)
+        self._hook = make_hook(plan, run, state, umask)
+        self._journal = Journal(plan, self._store, self._hook)
         self._run = run
         self._woken = asyncio.Event()
         self._steps = Steps(plan, run, state.run_id, backend, self._woken.set, umask=umask)
@@ -144,6 +149,8 @@ class Coordinator:
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
             await self._prober.aclose()
+            if self._hook is not None:
+                await self._hook.aclose(HOOK_END_S)
             self._store.close()
 
     def _open(self) -> bool:
@@ -385,6 +392,15 @@ class Coordinator:
         ]
         if refs:
             await self._backend.cancel(refs)
+
+
+def make_hook(plan: FleetPlan, run: RunDir, state: RunState, umask: int) -> EventHook | None:
+    """Return what tells the user's program of events; None where there is none."""
+    if plan.on_event is None:
+        return None
+    about = {"run": plan.name, "job": state.job, "term": state.term, "run_dir": str(run.path)}
+    how = plan.on_event
+    return EventHook(how.argv, about, types=how.types, timeout_s=how.timeout_s, umask=umask)
 
 
 def make_backend(plan: FleetPlan, run: RunDir, run_id: str, job: str) -> Backend:

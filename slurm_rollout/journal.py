@@ -21,6 +21,7 @@ from slurm_rollout.core import barrier_rules, codec, view
 from slurm_rollout.core.model import Decision, Event, Observation, RunState
 from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.core.pools import pool_views
+from slurm_rollout.hook import EventHook
 from slurm_rollout.store import Store, last_seq
 
 log = logging.getLogger("slurm_rollout")
@@ -32,9 +33,10 @@ RETRY_S = 1.0
 class Journal:
     """One term's. LeaseLost, from every method: a coordinator of a newer term took over."""
 
-    def __init__(self, plan: FleetPlan, store: Store) -> None:
+    def __init__(self, plan: FleetPlan, store: Store, hook: EventHook | None = None) -> None:
         self._plan = plan
         self._store = store
+        self._hook = hook
         self._seq = last_seq(store.run)
         self.due_at = 0.0
         """When the next heartbeat is due; while `blocked`, the next attempt."""
@@ -55,6 +57,8 @@ class Journal:
             log.info("%s", view.event_line(codec.encode(event)))
         if noted:
             self._untold.append((wall, noted))
+        if self._hook is not None:  # also of what cannot be written: a full disk is worth a page
+            self._hook.tell({"at": round(wall, 3), **codec.encode(event)} for event in noted)
 
     def is_due(self, decision: Decision, now: float) -> bool:
         """Tell whether there is anything to write."""

@@ -23,6 +23,7 @@ from slurm_rollout.core.placement import place
 from slurm_rollout.core.plan import (
     Counter,
     Environment,
+    EventHookPlan,
     FencePolicy,
     FleetPlan,
     ProbePolicy,
@@ -34,7 +35,8 @@ from slurm_rollout.core.ports import HTTP, MASTER
 from slurm_rollout.core.request import Allocation, FleetRequest, PoolRequest
 from slurm_rollout.engines import command
 from slurm_rollout.errors import SpecError
-from slurm_rollout.spec_models import Env, Nodes, Pool, Probe, Restart, Spec, Table, merged
+from slurm_rollout.hook import DEFAULT_TYPES
+from slurm_rollout.spec_models import Env, Nodes, OnEvent, Pool, Probe, Restart, Spec, Table, merged
 
 __all__ = ["Spec", "build_plan", "fleet_request", "load_spec", "parse_spec"]
 
@@ -56,7 +58,15 @@ def fleet_request(spec: Spec) -> FleetRequest:
         log_max_bytes=spec.logs.max_bytes,
         log_keep_incarnations=spec.logs.keep_incarnations,
         private=spec.private,
+        on_event=_on_event(spec.on_event),
     )
+
+
+def _on_event(table: OnEvent | None) -> EventHookPlan | None:
+    if table is None:
+        return None
+    types = DEFAULT_TYPES if table.types is None else tuple(table.types)
+    return EventHookPlan(argv=tuple(table.argv), types=types, timeout_s=table.timeout_s)
 
 
 def _pool_request(spec: Spec, pool: Pool) -> PoolRequest:

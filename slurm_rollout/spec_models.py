@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from slurm_rollout.core.model import EVENT_TYPES
 from slurm_rollout.core.plan import ProbeRequest
 from slurm_rollout.engines.command import CommandEngine
 
@@ -167,6 +168,19 @@ class Logs(Table):
     keep_incarnations: Count = 5
 
 
+class OnEvent(Table):
+    argv: Annotated[list[str], Field(min_length=1)]
+    types: list[str] | None = None
+    timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+
+    @field_validator("types")
+    @classmethod
+    def _types_of_events(cls, value: list[str] | None) -> list[str] | None:
+        if unknown := [t for t in value or () if t not in EVENT_TYPES]:
+            raise ValueError(f"there is no event {', '.join(unknown)}; there are {', '.join(EVENT_TYPES)}")
+        return value
+
+
 class Pool(Table):
     name: Name
     groups: Count
@@ -198,6 +212,7 @@ class Spec(Table):
     ports: Ports = Ports()
     slurm: Slurm = Slurm()
     logs: Logs = Logs()
+    on_event: OnEvent | None = None
     # Readers judge a coordinator lost after 120 s without a heartbeat.
     heartbeat_s: Annotated[float, Field(gt=0, le=30)] = 5.0
     audit_s: Seconds = 300.0

@@ -18,6 +18,7 @@ from slurm_rollout import agent, barrier, cli
 from slurm_rollout.barrier import Barrier
 from slurm_rollout.core.barrier_rules import barrier_document
 from slurm_rollout.core.history import UNSEEN
+from slurm_rollout.core.model import EVENT_TYPES
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason, diagram
 from slurm_rollout.engines.command import PLACEHOLDERS
 from slurm_rollout.spec_models import Spec, Table
@@ -107,7 +108,7 @@ def test_the_barrier_file_is_described_as_it_is_written(tmp_path: Path) -> None:
     example = text.partition("```json\n")[2].partition("```")[0]
     shown = json.loads(example)
     world = World(make_plan())
-    written: dict[str, Any] = barrier_document(world.plan, world.state, now=0.0, seq=1, clients={})
+    written: dict[str, Any] = barrier_document(world.plan, world.state, now=0.0, seq=1)
     assert list(shown) == list(written)
     for part in ("pools", "groups"):
         assert list(shown[part][0]) == list(written[part][0])
@@ -198,6 +199,14 @@ ENTRIES = {
     ),
     "term_in_any_phase_drains_and_leaves_no_process": "The job is ending",
     "term_before_the_coordinator_can_take_a_signal_drains_all_the_same": "The job is ending",
+    "a_restarted_group_serves_only_after_its_weights_were_acknowledged": "A group is stale",
+    "an_acknowledgement_of_a_group_that_restarted_meanwhile_is_not_believed": "A group is stale",
+    "sleeping_engines_are_asked_nothing_and_a_dead_one_waits_for_the_trainer": (
+        "The trainer keeps a group from starting"
+    ),
+    "a_trainer_that_waits_permits_the_start_that_it_waits_for": "The trainer keeps a group from starting",
+    "nothing_starts_under_a_hold_and_one_whose_client_is_gone_expires": "The trainer keeps a group from starting",
+    "a_hold_waits_for_the_start_in_progress": "The trainer keeps a group from starting",
 }
 """Test of the scenarios, without `test_`: the entry in docs/troubleshooting.md for the failure that it does."""
 
@@ -245,7 +254,7 @@ def emitted() -> set[str]:
 
 def test_every_event_that_is_emitted_is_explained() -> None:
     types = emitted()
-    assert {"failure", "up", "takeover", "blind", "request_refused"} <= types, "the search finds them"
+    assert types == set(EVENT_TYPES), "what a user may name in on_event.types"
     assert sorted(kind for kind in types if not row_of(kind)) == []
 
 

@@ -462,6 +462,22 @@ def test_without_its_supervisor_a_coordinator_drains_and_the_next_up_goes_on(fle
     assert fleet.terminate() == 0
 
 
+def test_a_program_is_told_of_events(fleet: LocalFleet) -> None:
+    """Also of the last ones: the run does not end before they are told."""
+    told = fleet.folder / "told"
+    hook = {"argv": ["sh", "-c", 'exec cat >> "$1"', "hook", str(told)], "types": ["failure", "failed", "ended"]}
+    more = "[on_event]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in hook.items())
+    fleet.start(stub_spec(base=next(BASES), groups=1, layout="nodes = 1", more=more))
+    fleet.wait_phase("ready")
+    fleet.kill("actor/0", 0)
+    fleet.wait_serving("actor/0", 2)
+    assert fleet.terminate() == 0
+    events = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [e["type"] for e in events] == ["failure", "ended"]
+    assert (events[0]["group"], events[0]["reason"], events[0]["rank"]) == ("actor/0", "engine_exited", 0)
+    assert (events[0]["run"], events[0]["run_dir"]) == ("test", str(fleet.run.path))
+
+
 def test_a_state_that_cannot_be_read_for_a_moment_costs_no_engine(fleet: LocalFleet) -> None:
     fleet.start(small(fleet))
     fleet.wait_phase("ready")

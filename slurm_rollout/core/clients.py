@@ -43,15 +43,12 @@ def heed(plan: FleetPlan, run: RunState, obs: Observation, events: list[Event]) 
 
 
 def _hear(client: ClientState, words: ClientWords, now: float, events: list[Event]) -> ClientState:
-    def said(type_: str, message: str) -> None:
-        events.append(Event(type=type_, message=f"{client.id}: {message}", data={"client": client.id}))
-
+    data = {"client": client.id}
     if words.phase != client.phase:
-        said("phase", words.phase)
-    if words.hold_s and not client.hold_s:
-        said("hold", f"asked for, for {words.hold_s:g} s at most")
-    if client.hold_s and not words.hold_s:
-        said("hold", "released")
+        events.append(Event(type="phase", message=f"{client.id}: {words.phase}", data=data))
+    if bool(words.hold_s) is not bool(client.hold_s):
+        said = f"asked for, for {words.hold_s:g} s at most" if words.hold_s else "released"
+        events.append(Event(type="hold", message=f"{client.id}: {said}", data=data))
     return replace(
         client,
         seq=words.seq,

@@ -324,6 +324,14 @@ class Cancel:
 Action = Launch | Go | Snapshot | Stop | Cancel
 
 
+EVENT_TYPES = (
+    *("up", "takeover", "launching", "go", "ready", "fence_waits", "slow", "unready", "failure", "snapshot", "stopped"),
+    *("fenced", "waiting", "failed", "blind", "sighted", "epoch", "weights", "ack_refused", "phase", "hold"),
+    *("hold_expired", "probes", "request", "request_refused", "ending", "drained", "ended"),
+)
+"""Every type of event; docs/troubleshooting.md says what each means."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """One line of `events.<term>.jsonl`."""

@@ -230,6 +230,7 @@ def place(
         log_max_bytes=request.log_max_bytes,
         log_keep_incarnations=request.log_keep_incarnations,
         private=request.private,
+        on_event=request.on_event,
     )
     warnings = (*ephemeral_warnings(demands, ports, port_range), *_warnings(request, plan, allocation))
     return plan, warnings

@@ -198,6 +198,15 @@ class SlurmSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EventHookPlan:
+    """A program that is told of events (`hook.py`)."""
+
+    argv: tuple[str, ...]
+    types: tuple[str, ...]
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetPlan:
     """The whole run, decided."""
 
@@ -216,6 +225,7 @@ class FleetPlan:
     log_max_bytes: int = 64 * 1024 * 1024
     log_keep_incarnations: int = 5
     private: bool = False
+    on_event: EventHookPlan | None = None
 
     @property
     def groups(self) -> tuple[GroupPlan, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from slurm_rollout.core.plan import (
+    EventHookPlan,
     Environment,
     FencePolicy,
     ProbePolicy,
@@ -114,3 +115,4 @@ class FleetRequest:
     log_max_bytes: int
     log_keep_incarnations: int
     private: bool
+    on_event: EventHookPlan | None = None

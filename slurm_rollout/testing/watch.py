@@ -38,6 +38,7 @@ class BarrierWatch:
         self._looked = 0
         self._wrong: list[str] = []
         self._unanswered: list[tuple[float, str, Incarnation]] = []
+        self._strange: list[tuple[str, Incarnation, Incarnation]] = []  # offered as one, answered as another
 
     def start(self) -> None:
         self._thread.start()
@@ -83,8 +84,8 @@ class BarrierWatch:
             answer = self._ask(url)
             if "group" not in answer:
                 self._unanswered.append((time.time(), url, key))
-            elif (answer.get("group"), answer.get("incarnation")) != key:
-                self._wrong.append(f"{url}, offered as {key}, is {answer.get('group')}.{answer.get('incarnation')}")
+            elif (found := (str(answer["group"]), int(answer.get("incarnation", 0)))) != key:
+                self._strange.append((url, key, found))
 
     def _living(self, group: str) -> list[int]:
         return [int(e["ROLLOUT_INCARNATION"]) for e in self._fleet.environs(ROLLOUT_GROUP=group)]
@@ -111,6 +112,10 @@ class BarrierWatch:
                     wrong.append(f"{key} is offered, and no event says that it was verified")
                 if began > stopped.get(key, began) + WRITE_S:
                     wrong.append(f"{key} is offered {began - stopped[key]:.3f} s after all of it ended")
+        for url, key, found in self._strange:
+            # To ask takes a moment, in which it may have been restarted. That it left the file in time is seen above.
+            if not (found[0] == key[0] and found[1] > key[1] and key in stopped):
+                wrong.append(f"{url}, offered as {key}, is {found[0]}.{found[1]}")
         for at, url, key in self._unanswered:
             # It may have died just then; that has to be seen soon.
             if not (key in failed and failed[key] < at + 5.0) and key not in stopped:

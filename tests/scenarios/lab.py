@@ -59,6 +59,27 @@ request = urllib.request.Request(sys.argv[1] + "/v1/chat/completions", body, {"C
 print(urllib.request.urlopen(request, timeout=5).read().decode())
 """
 
+# What a trainer does, one expression at a time: its words stay in its client file.
+TRAIN = """\
+import json, re, sys, urllib.request
+from slurm_rollout.barrier import Barrier, BarrierError
+
+def ask(path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    urls = [url for group in barrier.current().groups for url in group.urls]
+    requests = [urllib.request.Request(url + path, data) for url in urls]
+    return [urllib.request.urlopen(request, timeout=20).read().decode() for request in requests]
+
+def asleep_requests():
+    return [int(re.search(r"^stub_asleep_requests_total\\S* (\\d+)", page, re.M)[1]) for page in ask("/metrics")]
+
+barrier = Barrier(sys.argv[1], job="", client=sys.argv[2])
+try:
+    print(json.dumps(eval(sys.argv[3])))
+except BarrierError as error:
+    print(json.dumps(type(error).__name__))
+"""
+
 # Root on this machine ignores the modes of files; nobody on a cluster does.
 WITHOUT_ROOTS_EYE = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 
@@ -98,6 +119,18 @@ class Lab:
         """Run a command of slurm-rollout on the run, as its owner would; return what it printed."""
         full = [sys.executable, "-m", "slurm_rollout", *argv, f"--run-dir={self.fleet.run.path}"]
         return subprocess.run(full, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    def trainer(self, does: str, client: str = "trainer") -> Any:
+        """Let a trainer do something: a Python expression with its `barrier`, and `ask` and `asleep_requests`.
+
+        Returns its value, or the name of the BarrierError.
+        """
+        done = self._python([TRAIN, str(self.fleet.run.barrier), client, does])
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def _python(self, argv: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", *argv], capture_output=True, text=True, check=False, timeout=60)
 
     # ---------------------------------------------------------------------------------------------- nodes and ports
 
@@ -248,6 +281,9 @@ class SlurmLab(FakeLab):
 
     def port(self, rank: int) -> int:
         return self.base
+
+    def _python(self, argv: list[str]) -> subprocess.CompletedProcess[str]:
+        return self.cluster.in_node(self.cluster.nodes[0], [self.cluster.python, "-c", *argv], check=False)
 
     def _popen(self, rank: int, python: list[str]) -> subprocess.Popen[str]:
         return self.cluster.popen_in_node(self.cluster.nodes[rank], [self.cluster.python, "-c", *python])
