@@ -68,6 +68,8 @@ class _Step:
     exited_at: float | None = None
     exit_code: int | None = None
     offset: int = 0
+    said: int = 0  # bytes of srun's standard error that were read
+    words: str = ""  # the last of them, until its agent speaks: then they are no news any more
     # What its agent reported.
     spoke: bool = False
     step_id: str = ""
@@ -267,7 +269,8 @@ class Steps:
                 # After this, what it wrote is complete: the reports are read below, in this same look.
                 step.process, step.exited_at, step.exit_code = Process.EXITED, monotonic(), code
                 changed = True
-        return self._read_reports(step) or changed
+        changed |= self._read_reports(step)
+        return (not step.spoke and _read_words(step)) or changed
 
     def _read_reports(self, step: _Step) -> bool:
         try:
@@ -399,8 +402,21 @@ def _take_in(step: _Step, report: dict[str, Any]) -> None:
             )
 
 
+def _read_words(step: _Step) -> bool:
+    """Read what srun says while no agent speaks: that step creation is disabled, say; tell whether it was new."""
+    try:
+        size = step.stderr.stat().st_size
+    except OSError:
+        return False
+    if size == step.said:
+        return False
+    step.said, before = size, step.words
+    step.words = last_words(_text(step.stderr))
+    return step.words != before
+
+
 def _observation(step: _Step) -> StepObservation:
-    stderr = ""
+    stderr = "" if step.spoke else step.words
     if step.process is Process.EXITED and step.exit is None:
         stderr = last_words(_text(step.stderr))
     return StepObservation(

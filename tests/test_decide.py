@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from slurm_rollout.core.decide import decide, is_over
+from slurm_rollout.core.group import SRUN_SILENT_S
 from slurm_rollout.core.model import Cancel, Event, ExitRecord, Go, Job, Launch, Process, Request, Stop
 from slurm_rollout.core.phases import Phase, Reason
 from slurm_rollout.core.plan import FencePolicy, ProbePolicy, ProbeRequest, RestartPolicy
@@ -108,7 +109,7 @@ def test_a_drained_group_rests_until_it_is_resumed() -> None:
     w = ready(2)
     assert ask(w, "drain", "actor/0") == ("request", "actor/0: drains")
     assert w.group().phase is P.DRAINING
-    assert ask(w, "resume", "actor/0") == ("request", "actor/0: is draining: ask again when it is stopped")
+    assert ask(w, "resume", "actor/0") == ("request_refused", "actor/0: is draining: ask again when it is stopped")
     w.run_until(lambda: w.group().phase is P.STOPPED)
     assert not w.living("actor/0")
     assert ask(w, "drain", "actor/0") == ("request", "actor/0: is stopped already")
@@ -617,3 +618,31 @@ def test_every_event_about_a_group_names_it_and_its_incarnation() -> None:
         ("actor/0", 1, "stopped"),
         ("actor/0", 2, "launching"),
     ]
+
+
+def test_what_srun_says_is_shown_while_no_agent_speaks() -> None:
+    """It says why a step is not created, and may say so for hours (measured, 22.05.8)."""
+    w = World(make_plan(1))
+    w.tick()
+    w.run_until(lambda: w.group().phase is Phase.STARTING)
+    w.change("actor/0", "n1", stderr="step creation temporarily disabled")
+    decision = w.tick()
+    assert decision.wake_at is not None
+    assert not w.group().message  # most of what it says at the start is of no use
+    w.tick(SRUN_SILENT_S)
+    assert w.group().message == "n1: srun says: step creation temporarily disabled"
+    assert [e.message for e in w.events("waiting")] == [w.group().message]
+    w.tick(w.plan.slurm.launch_timeout_s)
+    failure = w.group().failure
+    assert failure is not None
+    assert (
+        failure.message == "no word from the agent on n0, n1 for 120 s; srun says: step creation temporarily disabled"
+    )
+
+
+def test_words_that_srun_said_before_its_agent_spoke_are_no_news() -> None:
+    w = World(make_plan(1))
+    w.run_until(lambda: w.group().phase is Phase.STARTING)
+    w.change("actor/0", "n0", stderr="job 1 queued", spoke=True)
+    w.tick(SRUN_SILENT_S + 1.0)
+    assert not w.group().message

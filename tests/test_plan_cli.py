@@ -72,8 +72,8 @@ def test_the_text(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "spares:    1: n08\n" in text
     assert "trainer:   3 nodes: n[01-03]\n" in text
     assert table(text, "POOL    ENGINE") == [
-        ["actor", "command", "1", "1", "frozen", "2", "2", "16"],
-        ["reward", "command", "2", "1", "frozen", "1", "1", "2"],
+        ["actor", "command", "1", "1", "frozen", "at_once", "2", "2", "16"],
+        ["reward", "command", "2", "1", "frozen", "at_once", "1", "1", "2"],
     ]
     assert table(text, "GROUP    RANK") == [
         ["actor/0", "0", "n04", "0-7", "18000", "18001", "18002", "http://n04:18000"],

@@ -109,6 +109,8 @@ def as_json(plan: FleetPlan, warnings: Sequence[str], job: str) -> dict[str, Any
                 "name": pool.name,
                 "engine": pool.engine,
                 "weights": pool.weights,
+                "restarts": pool.restart.when,
+                "pause_in": list(pool.probe.pause_in),
                 "min_ready": pool.min_ready,
                 "bound": _bound_json(recovery_bound(plan, pool)),
                 "groups": [_group_json(plan, group, job) for group in pool.groups],
@@ -207,13 +209,14 @@ def _where(plan: FleetPlan, allocation: Allocation) -> Iterator[str]:
 
 
 def _pool_rows(plan: FleetPlan) -> Iterator[list[str]]:
-    yield ["POOL", "ENGINE", "GROUPS", "MIN_READY", "WEIGHTS", "MEMBERS", "NODES", "GPUS"]
+    yield ["POOL", "ENGINE", "GROUPS", "MIN_READY", "WEIGHTS", "RESTARTS", "MEMBERS", "NODES", "GPUS"]
     for pool in plan.pools:
         one = pool.groups[0]
         gpus = sum(len(m.gpus) for m in one.members)
         members, nodes = len(one.members), len(one.nodes)
         numbers = [str(n) for n in (members, nodes, gpus)]
-        yield [pool.name, pool.engine, str(len(pool.groups)), str(pool.min_ready), pool.weights, *numbers]
+        how = [pool.weights, pool.restart.when]
+        yield [pool.name, pool.engine, str(len(pool.groups)), str(pool.min_ready), *how, *numbers]
 
 
 def _member_rows(groups: Sequence[GroupPlan], named_ports: Sequence[str]) -> Iterator[list[str]]:

@@ -121,8 +121,11 @@ def _heed_request(plan: FleetPlan, run: RunState, obs: Observation, request: Req
     groups = []
     for g in run.groups:
         if g.id in request.groups:
-            g, said = _obey(contexts[g.id], g, request)
-            events.append(_answer(request, "request", f"{g.id}: {said}"))
+            if g.phase is Phase.DRAINING and request.verb != "drain":
+                events.append(_answer(request, "request_refused", f"{g.id}: is draining: ask again when it is stopped"))
+            else:
+                g, said = _obey(contexts[g.id], g, request)
+                events.append(_answer(request, "request", f"{g.id}: {said}"))
         groups.append(g)
     return replace(run, groups=tuple(groups))
 
@@ -139,8 +142,6 @@ def _obey(ctx: Context, g: GroupState, request: Request) -> tuple[GroupState, st
     if g.phase in (Phase.FAILED, Phase.STOPPED):
         g = replace(g, runtime_failures=(), start_failures=(), charge=None, not_before=ctx.obs.now, marks=Marks())
         return to(ctx, g, Phase.FENCING, Reason.OPERATOR, by), "starts again, with a fresh budget"
-    if g.phase is Phase.DRAINING:
-        return g, "is draining: ask again when it is stopped"
     if g.phase is Phase.BACKOFF:
         return replace(g, not_before=ctx.obs.now), "starts without waiting"
     if request.verb == "restart" and g.phase in (Phase.READY, Phase.UNREADY, Phase.STARTING):

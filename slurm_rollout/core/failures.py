@@ -135,7 +135,8 @@ def _late(
         silent = [s.node for s in seen.steps if not s.spoke]
         limit = plan.slurm.launch_timeout_s
         if silent and waited >= limit:
-            return Reason.LAUNCH_FAILED, f"no word from the agent on {', '.join(silent)} for {limit:g} s"
+            words = next((f"; srun says: {s.stderr}" for s in seen.steps if s.stderr and not s.spoke), "")
+            return Reason.LAUNCH_FAILED, f"no word from the agent on {', '.join(silent)} for {limit:g} s{words}"
         unfenced = [f"{s.node}: {s.waiting_for or 'no report'}" for s in seen.steps if not s.fenced]
         limit += pool.fence.timeout_s
         if unfenced and waited >= limit:

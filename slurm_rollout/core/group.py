@@ -56,6 +56,9 @@ ASKING = "every step of the run ended: asking Slurm whether the job is ending"
 BLIND_ECHO_S = 60.0
 """A launch that is refused so soon after Slurm last failed to answer is not charged."""
 
+SRUN_SILENT_S = 2.0
+"""What srun prints is worth a message once no agent has spoken for so long."""
+
 SWEEP_AFTER_S = 1.0
 """A port that still accepts connections this long after everything ended is worth a step that looks why."""
 
@@ -350,9 +353,14 @@ def _starting(ctx: Context, g: GroupState, out: Out) -> GroupState:
     steps, now = ctx.seen.steps, ctx.obs.now
     if g.go_sent_at is None:
         waiting_for = next((f"{s.node}: {s.waiting_for}" for s in steps if s.waiting_for and not s.fenced), "")
-        if waiting_for != g.message:
-            if waiting_for:
-                out.events.append(event(g, "fence_waits", waiting_for))
+        words = next((f"{s.node}: srun says: {s.stderr}" for s in steps if s.stderr and not s.spoke), "")
+        if words and now < g.since + SRUN_SILENT_S:
+            out.wake(g.since + SRUN_SILENT_S)
+            words = ""
+        if (waiting_for or words) != g.message:
+            if waiting_for or words:
+                out.events.append(event(g, "fence_waits" if waiting_for else "waiting", waiting_for or words))
+            waiting_for = waiting_for or words
             g = replace(g, message=waiting_for)
         if len(steps) < len(ctx.group.nodes) or not all(s.fenced for s in steps):
             limit = g.since + ctx.plan.slurm.launch_timeout_s

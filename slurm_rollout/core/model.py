@@ -163,7 +163,7 @@ class StepObservation:
     pid_started: int = 0
     exited_at: float | None = None  # when the process was first seen gone, or looked for and not found
     exit_code: int | None = None
-    stderr: str = ""  # the last line srun wrote
+    stderr: str = ""  # the last lines srun wrote: while its agent has not spoken, and when it left no word
     spoke: bool = False  # the agent's first report arrived
     fenced: bool = False
     waiting_for: str = ""  # what its fence waits for, with the holder where it can be seen

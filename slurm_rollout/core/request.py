@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from slurm_rollout.core.plan import (
-    EventHookPlan,
     Environment,
+    EventHookPlan,
     FencePolicy,
     ProbePolicy,
     ProbeRequest,

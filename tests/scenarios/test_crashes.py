@@ -34,9 +34,11 @@ def test_a_killed_member_brings_its_whole_group_back_and_no_other(lab: Lab, rank
 def test_two_members_of_a_group_that_die_at_once_are_one_failure(lab: Lab) -> None:
     fleet = lab.up(groups=2)
     lab.wait_ready()
-    victims = [fleet.engine("actor/0", rank) for rank in (0, 1)]
+    victims, coordinator = [fleet.engine("actor/0", rank) for rank in (0, 1)], fleet.coordinator()
+    os.kill(coordinator, signal.SIGSTOP)  # else the second may have been ended before it can be killed
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
+    os.kill(coordinator, signal.SIGCONT)
     assert_recovered(fleet, "actor/0", 2, "engine_exited")
     assert len(fleet.events("failure", "actor/0")) == 1
     assert budget(fleet, "actor/0")["restarts"]["left"] == budget(fleet, "actor/0")["restarts"]["of"] - 1
