@@ -5,13 +5,18 @@ Writing is `store.py`'s business. Everything here is for the owner only, but for
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slurm_rollout.errors import CorruptFile, StoreError, UsageError
+from slurm_rollout.errors import CorruptFile, StoreError, Unobservable, UsageError
+
+MAX_JSON_BYTES = 64 << 20
+"""No file of a run is larger; another user's is not read to its end."""
 
 
 class RunDir:
@@ -67,27 +72,38 @@ def default_run_dir(environ: dict[str, str] | os._Environ[str] = os.environ) -> 
 def find_run_dir(run_dir: str | None, job: str | None) -> RunDir:
     """Return the run directory that a reader means: `--run-dir`, ROLLOUT_RUN_DIR, `--job`, or the default.
 
+    Only where a job's run is not in its default place, as seen from here, is Slurm asked, with one `squeue`.
+
     Raises:
         UsageError: it is not there; the message says where was looked.
+        Unobservable: it is not there, and Slurm does not say where else.
         StoreError: it cannot be read.
     """
     if run_dir or (not job and os.environ.get("ROLLOUT_RUN_DIR")):
-        path = Path(run_dir or os.environ["ROLLOUT_RUN_DIR"])
-    elif job:
-        path = default_run_dir({**os.environ, "SLURM_JOB_ID": job})
+        path, asked = Path(run_dir or os.environ["ROLLOUT_RUN_DIR"]), ""
     else:
-        path = default_run_dir()
+        asked = job or os.environ.get("SLURM_JOB_ID", "")
+        path = default_run_dir({**os.environ, "SLURM_JOB_ID": asked})
     try:
-        with os.scandir(path):
-            pass
+        return _entered(path)
     except FileNotFoundError:
+        if asked and asked[0].isdigit():
+            return _run_of_job(asked, path, own=not job)
         raise UsageError(
             f"no run directory at {path}. Name it with --run-dir (or ROLLOUT_RUN_DIR); "
             "`slurm-rollout up` prints it in its first line"
         ) from None
+
+
+def _entered(path: Path) -> RunDir:
+    try:
+        with os.scandir(path):
+            pass
+    except FileNotFoundError:
+        raise
     except PermissionError:
         # A reader who is not the owner may enter and read status.json, but not list.
-        if not os.access(path / "status.json", os.R_OK):
+        if not os.access(path / "status.json", os.R_OK, effective_ids=True):
             raise StoreError(
                 f"{path} cannot be read by you: it belongs to somebody else and the run is private"
             ) from None
@@ -96,8 +112,44 @@ def find_run_dir(run_dir: str | None, job: str | None) -> RunDir:
     return RunDir(path)
 
 
+def _run_of_job(job: str, default: Path, *, own: bool) -> RunDir:
+    """Return what the job's comment or its working directory leads to; `default` was looked at already.
+
+    Of an array, or of a heterogeneous job, Slurm shows all of it. Its number is also that of one of its tasks: it means
+    that one only where the number is this process's `own`.
+    """
+    from slurm_rollout import discovery  # `status` in the directory of its job needs no Slurm, and starts faster
+
+    try:
+        # Also a job that ended a moment ago: Slurm forgets it after MinJobAge, 300 s.
+        queued = discovery.jobs(f"--jobs={job}", "--states=all")
+    except Unobservable as e:
+        if "Invalid job id" not in str(e):
+            raise Unobservable(f"no run directory at {default}, and where else it is Slurm does not say: {e}") from None
+        queued = []
+    queued = [j for j in queued if job == (j.id if own else j.shown)] or queued
+    marked = {path for j in queued for path in j.marked_dirs}
+    others = [Path(path) for path in sorted(marked or {j.default_dir for j in queued if j.default_dir})]
+    found = []
+    for path in others:
+        with contextlib.suppress(FileNotFoundError):
+            found.append(_entered(path))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(
+            f"job {job} has {len(found)} runs: name one with --run-dir: {', '.join(str(r.path) for r in found)}"
+        )
+    where = ", nor at ".join(map(str, [default, *others]))
+    why = "" if marked or not queued else "; the job's comment names none"
+    why += "" if queued else f"; Slurm does not know job {job} (any more)"
+    raise UsageError(
+        f"no run directory at {where}{why}. Name it with --run-dir; `slurm-rollout up` prints it in its first line"
+    )
+
+
 def read_json(path: Path) -> Any:
-    """Return the file's content.
+    """Return the file's content. It may be another user's: what is no plain file is not waited for, nor followed.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -105,11 +157,24 @@ def read_json(path: Path) -> Any:
         StoreError: it cannot be read.
     """
     try:
-        content = path.read_bytes()
+        # A FIFO would wait for a writer; a device, or a link to one, might do anything.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
     except FileNotFoundError:
         raise
     except OSError as e:
         raise StoreError(f"{path} cannot be read: {e.strerror}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise StoreError(f"{path} cannot be read: it is no plain file")
+        os.set_blocking(fd, True)
+        with open(fd, "rb", closefd=False) as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+    except OSError as e:
+        raise StoreError(f"{path} cannot be read: {e.strerror}") from None
+    finally:
+        os.close(fd)
+    if len(content) > MAX_JSON_BYTES:
+        raise CorruptFile(f"{path} has more than {MAX_JSON_BYTES >> 20} MiB: not read")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as e:  # of bytes that are no text, too

@@ -508,11 +508,14 @@ def test_another_users_file_cannot_steer_the_terminal(run_dir: Path, capsys: pyt
 
 
 def test_the_run_of_a_job(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the directory where it was submitted; of any other: test_discovery.py."""
     monkeypatch.chdir(run_dir)
+    monkeypatch.setenv("PATH", str(run_dir))
     (run_dir / "rollout-runs/77").mkdir(parents=True)
     put_status(run_dir / "rollout-runs/77", document())
     assert main(["status", "-j", "77"]) == 0
-    assert main(["status", "-j", "78"]) == 2
+    assert main(["status", "-j", "78"]) == 1, "there is no squeue to ask for more"
+    assert main(["status", "-j", "x"]) == 2
 
 
 # -------------------------------------------------------------------------------------------------------------- events

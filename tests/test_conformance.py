@@ -230,6 +230,11 @@ CASES = {
     "a new comment": "scontrol update JobId=$JOB Comment='new one'; squeue -h -j $JOB -o %k; "
     "scontrol update JobId=$JOB Comment='fleet in HOME'; scontrol update JobId=$ENDED Comment=c; echo $?; "
     "scontrol update JobId=999 Comment=c; echo $?",
+    "comments of any kind": "for c in '{\"a\": 1}' 'a=b Comment=c' '%A%i' \"q'u\\\"ote\" $'new\\nline' ü '' "
+    '"$(printf x%.0s $(seq 1025))"; do scontrol update JobId=$JOB Comment="$c"; echo $?; '
+    "squeue -h -j $JOB -o '<%k>'; done; scontrol update JobId=$JOB Comment='fleet in HOME'",
+    "squeue of users": "squeue -h -u $USER,daemon -o '%A %T'; squeue -h -u daemon -o '%A'; "
+    "squeue -h -u nonesuch -o %i; echo $?; squeue -h --user=4999,$USER -o %i",
 }
 
 
@@ -295,6 +300,35 @@ def test_the_product_reads_the_same_answers(fake: Site, real: Site) -> None:
         (site.cluster.home / "inside.py").chmod(0o644)
     script = "tree; $PYTHON inside.py $JOB $ENDED; kill $P; ended"
     assert fake.sh(script) == real.sh(script)
+
+
+FOUND = """\
+import os, sys
+from slurm_rollout import discovery
+from slurm_rollout.errors import RolloutError
+job, ended = sys.argv[1:]
+for options in [], [f"--jobs={job}"], [f"--jobs={ended}", "--states=all"], ["--jobs=999"], ["--user=daemon"]:
+    try:
+        for job in sorted(discovery.jobs(*options)):
+            print(options, job._replace(time_left="LEFT", user=job.user == os.environ["USER"]))
+    except RolloutError as e:
+        print("refused:", e)
+"""
+
+
+def test_the_product_finds_the_same_jobs(fake: Site, real: Site) -> None:
+    for site in (fake, real):
+        (site.cluster.home / "found.py").write_text(FOUND)
+        (site.cluster.home / "found.py").chmod(0o644)
+    # The job's comment, its name and its directory hold what could be taken for the end of a field.
+    script = f"""{BARE}
+        mkdir -p $'line\n|dir'; cd $'line\n|dir'
+        other=$(printf '#!/bin/sh\nsleep 60\n' | sbatch --parsable --hold --job-name=$'a|b\nc' --comment=$'d\n<%A>')
+        $PYTHON ../found.py $JOB $ENDED | sed "s/$other/OTHER/g"; scancel $other
+    """
+    ours, slurms = fake.sh(script), real.sh(script)
+    assert ours == slurms
+    assert "OTHER" in "".join(ours[1])
 
 
 def fields(text: str) -> dict[str, str]:

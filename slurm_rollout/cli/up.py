@@ -64,6 +64,7 @@ def run_up(args: argparse.Namespace) -> int:
     # Heavy ones only here: the other commands must stay light.
     from slurm_rollout import allocation, spec, store
     from slurm_rollout.claim import claim
+    from slurm_rollout.slurm import comment
     from slurm_rollout.supervisor import Supervisor, Term, drain_bound_s, hold_signals
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
@@ -86,6 +87,8 @@ def run_up(args: argparse.Namespace) -> int:
         hold_signals()
         store.prepare(run, plan)
         store.write_lease(run, job=where.job, restart_count=where.restart_count, ended=False)
+        if plan.backend == "slurm":
+            comment.start(run, held.note.parent, timeout_s=plan.slurm.command_timeout_s)
         log.info("run directory %s", run.path)
         log.info(
             "look with `slurm-rollout status --run-dir %s`; from TERM to the end it takes at most %.0f s",

@@ -67,7 +67,7 @@ def sbatch(c: Controller, request: dict[str, Any]) -> Reply:
         cpus=per_task,
         exclusive="exclusive" in given,
         tasks_per_node=per_node or -(-tasks // count),
-        comment=given.get("comment", ""),
+        comment=given.get("comment"),
         requeue="no-requeue" not in given,
         no_kill="no-kill" in given and given["no-kill"] != "off",
         time_limit_s=_seconds(given["time"]) if "time" in given else None,

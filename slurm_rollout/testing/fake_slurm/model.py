@@ -129,7 +129,7 @@ class Job:
     cpus: int  # per node, as asked for
     exclusive: bool
     tasks_per_node: int = 1
-    comment: str = ""
+    comment: str | None = None
     requeue: bool = True
     no_kill: bool = False
     time_limit_s: float | None = None

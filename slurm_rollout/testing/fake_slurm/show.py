@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TIME = "%Y-%m-%dT%H:%M:%S"
 YEAR_S = 365 * 86400
+MAX_COMMENT_BYTES = 1024
 
 
 # ------------------------------------------------------------------------------------------------------------ scontrol
@@ -61,6 +62,9 @@ def _update(c: Controller, pairs: Sequence[str]) -> Reply:
         return Reply(err=f"{INVALID} for job {fields['jobid']}\n", code=1)
     if job.state in ENDED:
         return Reply(err=f"Job has already finished for job {job.id}\n", code=1)
+    if len(fields["comment"].encode(errors="surrogateescape")) > MAX_COMMENT_BYTES:
+        too_long = "Pathname of a file, directory or other parameter too long"
+        return Reply(err=f"{too_long} for job {job.id}\n", code=1)
     job.comment = fields["comment"]
     return Reply()
 

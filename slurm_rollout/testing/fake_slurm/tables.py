@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import time
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,9 @@ def squeue(c: Controller, request: dict[str, Any]) -> Reply:
     wanted = given["jobs"].split(",") if given.get("jobs") else []
     if given.get("steps"):
         wanted = given["steps"].split(",")
-    user = given.get("user", "")
-    mine = not user or user in (user_name(), str(os.getuid()), request["env"].get("USER"))
+    users = given["user"].split(",") if given.get("user") else []
+    mine = not users or not {*users}.isdisjoint((user_name(), str(os.getuid()), request["env"].get("USER")))
+    nobody = "".join(f"squeue: error: Invalid user: {u}\n\n" for u in users if not _is_user(u))
     if "json" in given:
         # 22.05 heeds no filter.
         return Reply(out=json_document([_json(j) for j in c.jobs.values()], []))
@@ -121,7 +123,15 @@ def squeue(c: Controller, request: dict[str, Any]) -> Reply:
     default = "%.18i %.9P %.8j %.8u %.2t %.10M %.6D %R"
     # Pending ones first, as squeue sorts them.
     rows = [_job_row(j) for j in sorted(shown, key=lambda j: j.state != "PENDING")]
-    return Reply(out=_table("squeue", rows, heads, given.get("format", default), head="noheader" not in given))
+    table = _table("squeue", rows, heads, given.get("format", default), head="noheader" not in given)
+    return Reply(out=table, err=nobody)  # and the others are shown (22.05.8)
+
+
+def _is_user(name: str) -> bool:
+    try:
+        return bool(pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name))
+    except KeyError:
+        return False
 
 
 def _job_row(job: Job) -> dict[str, str]:
@@ -142,7 +152,7 @@ def _job_row(job: Job) -> dict[str, str]:
         "N": nodes,
         "R": nodes if job.state not in ("PENDING", "FAILED", "TIMEOUT") else f"({job.reason})",
         "r": job.reason,
-        "k": job.comment or "(null)",
+        "k": "(null)" if job.comment is None else job.comment,
         "Z": job.cwd,
         "C": str(sum(job.cpus_of.values()) or job.count * job.cpus),
         "a": "(null)",
@@ -178,7 +188,7 @@ def _json(job: Job) -> dict[str, Any]:
     return {
         "job_id": int(job.id),
         "name": job.name,
-        "comment": job.comment,
+        "comment": job.comment or "",
         "job_state": job.state,
         "nodes": ranged(job.nodes),
         "user_name": user_name(),
