@@ -20,14 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 from slurm_rollout.core import view
+from slurm_rollout.core.model import PAGED_TYPES
 
 log = logging.getLogger("slurm_rollout")
-
-DEFAULT_TYPES = (
-    "up", "takeover", "ready", "unready", "failure", "failed", "fence_waits", "blind", "sighted", "request",
-    "request_refused", "ack_refused", "hold_expired", "ending", "ended",
-)  # fmt: skip
-"""All but the stages of a recovery and the trainer's routine."""
 
 QUEUE_MOST = 100
 """Events that may wait for their turn."""
@@ -60,7 +55,7 @@ class EventHook:
         argv: Sequence[str],
         about: Mapping[str, object],
         *,
-        types: Iterable[str] = DEFAULT_TYPES,
+        types: Iterable[str] = PAGED_TYPES,
         timeout_s: float = 10.0,
         umask: int = -1,
     ) -> None:

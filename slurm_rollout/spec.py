@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from slurm_rollout.core.clients import SYNCING, TRAINING
 from slurm_rollout.core.hostlist import expand
+from slurm_rollout.core.model import PAGED_TYPES
 from slurm_rollout.core.placement import place
 from slurm_rollout.core.plan import (
     Counter,
@@ -35,7 +36,6 @@ from slurm_rollout.core.ports import HTTP, MASTER
 from slurm_rollout.core.request import Allocation, FleetRequest, PoolRequest
 from slurm_rollout.engines import command
 from slurm_rollout.errors import SpecError
-from slurm_rollout.hook import DEFAULT_TYPES
 from slurm_rollout.spec_models import Env, Nodes, OnEvent, Pool, Probe, Restart, Spec, Table, merged
 
 __all__ = ["Spec", "build_plan", "fleet_request", "load_spec", "parse_spec"]
@@ -65,7 +65,7 @@ def fleet_request(spec: Spec) -> FleetRequest:
 def _on_event(table: OnEvent | None) -> EventHookPlan | None:
     if table is None:
         return None
-    types = DEFAULT_TYPES if table.types is None else tuple(table.types)
+    types = PAGED_TYPES if table.types is None else tuple(table.types)
     return EventHookPlan(argv=tuple(table.argv), types=types, timeout_s=table.timeout_s)
 
 

@@ -144,7 +144,7 @@ def put_status(run_dir: Path, content: dict[str, Any], *, age_s: float = 3.0) ->
             return {k: move(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [move(v) for v in value]
-        moves = key in ("at", "since", "ending_since", "blind_since", "suspect_self_since")
+        moves = key in ("at", "since", "ending_since", "blind_since", "suspect_self_since", "heard")
         return value + shift if moves and value is not None else value
 
     write(run_dir / "status.json", move(content))
@@ -413,6 +413,22 @@ def test_a_run_that_ends_or_suspects_itself_says_so(run_dir: Path, capsys: pytes
     said = capsys.readouterr().out
     assert "\nEnding since 00:00:10: job_ending\n" in said
     assert "\nSuspects itself since 00:00:30: " in said
+
+
+def test_what_trainers_said_is_shown_for_a_group_may_wait_for_it(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clients = [
+        {"id": "generator", "phase": "", "hold": "", "waits": True, "heard": 999.0},
+        {"id": "trainer", "phase": "syncing", "hold": "granted", "waits": False, "heard": 940.0},
+    ]
+    pools = [{**document()["pools"][0], "probes": "paused"}]
+    put_status(run_dir, document(clients=clients, pools=pools))
+    main(["status", f"--run-dir={run_dir}"])
+    text = capsys.readouterr().out
+    assert "Client generator: waits for the fleet; heard 00:00:01 ago" in text
+    assert "Client trainer: syncing, holds; heard 00:01:00 ago" in text
+    assert "Engines of actor are asked nothing" in text
 
 
 def test_failed_groups_are_shown_with_the_way_back(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

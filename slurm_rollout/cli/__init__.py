@@ -20,6 +20,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "run": {
         "plan": ("plan", "show what a spec means: groups, nodes, ports, the exact srun lines; starts nothing"),
         "up": ("up", "run the fleet (and the trainer) inside the allocation, in the foreground"),
+        "submit": ("submit", "submit a job that does so, made from a template"),
         "simulate": ("simulate", "what a spec will go through: recoveries, time lost, availability"),
         "demo": ("demo", "see a crash and a hang being recovered, on this machine, without Slurm"),
     },
@@ -43,6 +44,7 @@ EXAMPLES = """\
 examples:
   slurm-rollout plan fleet.toml --nodes 'gpu[01-08]' --gpus-per-node 8
   exec slurm-rollout up fleet.toml -- python train.py      # last line of a batch script
+  slurm-rollout submit fleet.toml --nodes 5 --time 2-0 --dry-run -- python train.py
   slurm-rollout status -j 123456 -i 10
   slurm-rollout describe actor/0
   slurm-rollout events -f --group actor/0
@@ -78,7 +80,7 @@ def add_help(parser: argparse.ArgumentParser) -> None:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which run is meant (`rundir.find_run_dir`)."""
-    parser.add_argument("-j", "--job", metavar="JOB", help="the run of this job, submitted from this directory")
+    parser.add_argument("-j", "--job", metavar="JOB", help="the run of this job")
     parser.add_argument(
         "--run-dir", metavar="DIR", help="run directory (default: ROLLOUT_RUN_DIR, else rollout-runs/JOB)"
     )
@@ -103,7 +105,7 @@ def _main(argv: list[str]) -> int:
         importlib.import_module(f"slurm_rollout.cli.{modules[name]}").add_parser(subparsers)
         # The command's own parser, not the top one: that one treats a `--` in between as its own (Python 3.13).
         # What follows `--` is a trainer's command line: argparse must not see it, whatever options it has.
-        end = argv.index("--") if name == "up" and "--" in argv else len(argv)
+        end = argv.index("--") if name in ("up", "submit") and "--" in argv else len(argv)
         args = subparsers.choices[name].parse_args(argv[1:end])
         args.after_dashes = argv[end:]
     except SystemExit as e:

@@ -273,9 +273,21 @@ def _head(document: dict[str, Any], age_s: float, verdict: str) -> list[str]:
     if document["suspect_self_since"] is not None:
         since = duration(at - document["suspect_self_since"])
         lines.append(f"Suspects itself since {since}: most groups time out at once; it asks the agents")
+    lines += [_client(client, at) for client in document.get("clients", ())]
+    paused = [p["name"] for p in document["pools"] if p.get("probes") == "paused"]
+    if paused:
+        lines.append(f"Engines of {', '.join(paused)} are asked nothing: a client said that they sleep or take weights")
     nodes = [("Nodes", document["nodes"]), ("spares", document["spares"]), ("trainer", document["trainer_nodes"])]
     lines.append("; ".join(f"{what} {fold(names)}" for what, names in nodes if names))
     return lines
+
+
+def _client(client: dict[str, Any], at: float) -> str:
+    """Return what a trainer's client said last: it may be what a group waits for."""
+    words = [client["phase"], {"granted": "holds", "asked": "asks for a hold"}.get(client["hold"], "")]
+    words += ["waits for the fleet"] if client["waits"] else []
+    said = ", ".join(word for word in words if word) or "nothing"
+    return f"Client {client['id']}: {said}; heard {duration(at - client['heard'])} ago"
 
 
 def _failure_row(group: str, failure: dict[str, Any], at: float) -> tuple[object, ...]:

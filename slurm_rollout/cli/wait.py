@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -12,8 +13,8 @@ from typing import Any
 
 from slurm_rollout import barrier
 from slurm_rollout.cli import add_help, add_run_options
-from slurm_rollout.errors import UsageError
-from slurm_rollout.rundir import default_run_dir
+from slurm_rollout.errors import RolloutError, UsageError
+from slurm_rollout.rundir import default_run_dir, find_run_dir
 
 SCHEMA = 1
 
@@ -143,6 +144,9 @@ def _barrier_path(args: argparse.Namespace) -> Path | None:
     job = {"SLURM_JOB_ID": args.job} if args.job else {}
     named = args.run_dir or (None if args.job else os.environ.get("ROLLOUT_RUN_DIR"))
     path = Path(named) if named else default_run_dir({**os.environ, **job})
+    if args.job and not path.is_dir():  # submitted from elsewhere: Slurm knows where
+        with contextlib.suppress(RolloutError):
+            path = find_run_dir(None, args.job).path
     if not path.is_dir():
         print(f"slurm-rollout: {path} is not there yet", file=sys.stderr)
     return path / "barrier.json"

@@ -331,6 +331,12 @@ EVENT_TYPES = (
 )
 """Every type of event; docs/troubleshooting.md says what each means."""
 
+PAGED_TYPES = (
+    *("up", "takeover", "ready", "unready", "failure", "failed", "fence_waits", "blind", "sighted", "request"),
+    *("request_refused", "ack_refused", "hold_expired", "ending", "ended"),
+)
+"""What `on_event` is told of unless the spec says otherwise: all but a recovery's stages and the trainer's routine."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
