@@ -264,7 +264,7 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["statsu"]) == 2
-    assert "no command 'statsu': choose one of plan, up, simulate, demo, status," in capsys.readouterr().err
+    assert "no command 'statsu': choose one of plan, up, submit, simulate, demo, status," in capsys.readouterr().err
 
 
 def test_a_missing_run_directory_is_a_usage_error(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
