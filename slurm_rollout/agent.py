@@ -142,7 +142,7 @@ class Step:
     """What ROLLOUT_STEP orders."""
 
     def __init__(self, orders: dict[str, Any]) -> None:
-        if orders["version"] != 1 or orders["mode"] not in ("serve", "sweep"):
+        if orders["version"] != 2 or orders["mode"] not in ("serve", "sweep"):
             raise ValueError("version must be 1, mode serve or sweep: agent and coordinator are of different releases")
         self.mode: str = orders["mode"]
         self.run_id: str = orders["run_id"]

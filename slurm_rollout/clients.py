@@ -83,6 +83,8 @@ class Clients:
         path, known = self._folder / f"{id_}.acks.jsonl", self._acks.setdefault(id_, _Acks())
         data = b""
         with contextlib.suppress(OSError):
+            if path.stat().st_size < known.offset:  # made anew
+                known.offset = 0
             data = _read(path, known.offset, MAX_ACKS_BYTES)
         complete = data[: data.rfind(b"\n") + 1]
         known.offset += len(complete)
@@ -100,7 +102,9 @@ class Clients:
     def _is_ours(self, data: dict[str, Any]) -> bool:
         """Tell whether it was said in this run's job: a trainer that was requeued begins anew."""
         job, restart_count = str(data.get("job") or ""), data.get("restart_count")
-        return (not job or not self._job or job == self._job) and restart_count in (None, self._restart_count)
+        if not job or not self._job:
+            return True
+        return job == self._job and restart_count in (None, self._restart_count)
 
     def _complain(self, path: Path, error: Exception) -> None:
         if path.name not in self._complained:

@@ -405,11 +405,11 @@ def make_hook(plan: FleetPlan, run: RunDir, state: RunState, umask: int) -> Even
 
 def make_backend(plan: FleetPlan, run: RunDir, run_id: str, job: str) -> Backend:
     """Return the backend that the plan names."""
-    agent = str(run.started_agent(plan.slurm.python))
     if plan.backend == "local":
         from slurm_rollout.local import LocalBackend
 
-        return LocalBackend(plan, run_id, agent)
+        return LocalBackend(plan, run_id, str(run.started_agent(plan.slurm.python)))
+    agent = str(run.started_agent(plan.slurm.python, plan.slurm.agent))
     from slurm_rollout.slurm.backend import SlurmBackend
 
     return SlurmBackend(job, agent, plan.slurm.command_timeout_s, plan.het_job)

@@ -37,9 +37,11 @@ class RunDir:
         self.agent = self.path / "agent.py"
         self.compiled_agent = self.path / "agent.pyc"
 
-    def started_agent(self, python: str) -> Path:
-        """What a step runs: compiled, where the nodes' interpreter (`python`; empty: ours) is the one it is for."""
-        return self.agent if python else self.compiled_agent
+    def started_agent(self, python: str, installed: str = "") -> Path:
+        """What a step runs: the agent that is installed on the nodes, where one is named; else the run's own, and that
+        compiled where the nodes' interpreter (`python`; empty: ours) is the one it is compiled for.
+        """
+        return Path(installed) if installed else self.agent if python else self.compiled_agent
 
     def events(self, term: int) -> Path:
         return self.path / f"events.{term}.jsonl"

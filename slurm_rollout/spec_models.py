@@ -161,6 +161,7 @@ class Slurm(Table):
     launch_timeout_s: Seconds = 120.0
     command_timeout_s: Seconds = 90.0
     python: str = ""
+    agent: Annotated[str, Field(pattern=r"^(/.*)?$")] = ""
 
 
 class Logs(Table):

@@ -296,7 +296,7 @@ class Steps:
     def _environ(self, group: GroupPlan, key: Key) -> dict[str, str]:
         pool = self._plan.pool(group.pool)
         config = {
-            "version": 1,
+            "version": 2,
             "mode": "sweep" if key.sweep else "serve",
             "run_id": self._run_id,
             "group": key.group,

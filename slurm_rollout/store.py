@@ -137,8 +137,9 @@ def load_state(
         groups = [_begin_again(g) for g in groups]
     if not same or another_up:
         # A trainer that starts now waits for all groups of a pool, as the first one did.
-        # What the last one said is void; what it pushed is not: versions do not go backwards by a restart.
-        clients = tuple(ClientState(id=c.id, seq=c.seq, echo=c.echo, acks=c.acks) for c in old.clients)
+        # What the last one said is void; what it pushed is not: versions do not go backwards by a restart. Its files
+        # are gone, so the next one can only tell from the echo with which number to go on.
+        clients = tuple(ClientState(id=c.id, seq=c.echo, echo=c.echo, acks=c.acks) for c in old.clients)
         old = replace(
             old, ending=Reason.NONE, ending_at=0.0, pools_once_ready=(), started_at=0.0, clients=clients, paused=()
         )

@@ -199,6 +199,7 @@ class Supervisor:
         self._term += 1
         argv = [
             sys.executable,
+            "-P",  # a queue.py in the user's directory must not be taken for Python's
             "-m",
             "slurm_rollout.coordinator",
             f"--run-dir={self._run.path}",

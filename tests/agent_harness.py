@@ -241,7 +241,7 @@ class Node:
 
     def orders(self, *members: Json, **changes: Any) -> Json:
         return {
-            "version": 1,
+            "version": 2,
             "mode": "serve",
             "run_id": self.run_id,
             "group": "actor/0",
@@ -366,7 +366,8 @@ def leave_time_wait(port: int) -> None:
 @functools.cache
 def interpreters() -> list[str]:
     """Return one interpreter of each Python that the agent supports and this machine has, 3.9 first."""
-    candidates = [sys.executable, *glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python"))]
+    candidates = [*filter(None, [os.environ.get("ROLLOUT_PYTHON39")]), sys.executable]
+    candidates += [*glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python"))]
     candidates += [path for minor in range(9, 16) if (path := shutil.which(f"python3.{minor}"))]
     found: dict[tuple[int, ...], str] = {}
     for path in candidates:

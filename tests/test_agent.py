@@ -82,7 +82,7 @@ def test_no_status_that_means_something_to_slurm() -> None:
         ("{", "ROLLOUT_STEP"),
         ("[]", "ROLLOUT_STEP"),
         ("{}", "version"),
-        ('{"version": 2, "mode": "serve"}', "releases"),
+        ('{"version": 1, "mode": "serve"}', "releases"),
     ],
 )
 def test_orders_that_make_no_sense(node: Node, text: str, words: str) -> None:

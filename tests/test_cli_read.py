@@ -1002,6 +1002,13 @@ class TestWait:
         with heartbeat(run_dir, word(), word("needs_weights"), word("stopped")):
             assert main(["wait", "--for", "stopped", "--run-dir", str(run_dir)]) == 0
 
+    @pytest.mark.parametrize(("goal", "says"), [("ready", ["wait.json"]), ("epoch=9", ["wait.json"]), ("stopped", [])])
+    def test_only_who_waits_for_a_fleet_says_so(self, run_dir: Path, goal: str, says: list[str]) -> None:
+        (run_dir / "clients").mkdir()
+        with heartbeat(run_dir, word("waiting")):
+            assert main(["wait", "--for", goal, "--timeout", "0.5", "--run-dir", str(run_dir)]) == 124
+        assert [p.name for p in (run_dir / "clients").iterdir()] == says
+
     def test_a_lost_coordinator(self, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write(run_dir / "barrier.json", word() | {"seq": 1})
         for goal in ("ready", "stopped"):

@@ -56,6 +56,12 @@ def test_every_clients_words_are_read(run: RunDir) -> None:
     )
 
 
+def test_a_run_outside_slurm_heeds_clients_of_any_job(run: RunDir) -> None:
+    say(run)
+    (found,) = Clients(run, job="", restart_count=0).read({})
+    assert found.phase == "training"
+
+
 @pytest.mark.parametrize("words", [{"job": "8"}, {"restart_count": 0}])
 def test_what_was_said_in_another_job_is_not_heeded(run: RunDir, words: dict[str, Any]) -> None:
     say(run, **words)
@@ -83,6 +89,16 @@ def test_acknowledgements_wait_until_they_are_taken_in(run: RunDir) -> None:
     assert reader.read({"trainer": 3}) == ()
     (found,) = clients(run).read({"trainer": 1})  # the next coordinator reads from the start
     assert [a.n for a in found.acks] == [2, 3]
+
+
+def test_acknowledgements_that_begin_anew_are_read_from_the_start(run: RunDir) -> None:
+    reader = clients(run)
+    acknowledge(run, ack(1) + ack(2))
+    reader.read({})
+    (run.clients / "trainer.acks.jsonl").unlink()
+    acknowledge(run, ack(3))
+    (found,) = reader.read({"trainer": 2})
+    assert [a.n for a in found.acks] == [3]
 
 
 def test_half_a_line_waits_for_its_end(run: RunDir) -> None:

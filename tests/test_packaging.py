@@ -34,6 +34,7 @@ def test_the_wheel_carries_templates_and_the_agent_as_a_script(dist: Path) -> No
         )
         assert installed == own
         assert archive.getinfo(script).external_attr >> 16 & 0o111
+        assert [n for n in names if n.endswith(".data/scripts/slurm-rollout-nodecheck")]
     assert {f"slurm_rollout/templates/{t.name}" for t in (ROOT / "templates").iterdir()} <= set(names)
     assert "slurm_rollout/py.typed" in names
     assert not [n for n in names if n.startswith("tests")]
@@ -44,7 +45,8 @@ def test_the_sdist_builds_the_same_thing(dist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "Makefile"} <= names
-    assert {"sbin/slurm-rollout-agent", "templates/train.sbatch", "templates/fleet.toml"} <= names
+    assert {f"sbin/slurm-rollout-{name}" for name in ("agent", "nodecheck")} <= names
+    assert {"templates/train.sbatch", "templates/fleet.toml", "examples/rl_loop/trainer.py"} <= names
 
 
 def test_the_agent_runs_alone_as_a_script(tmp_path: Path) -> None:

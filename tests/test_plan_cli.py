@@ -93,6 +93,17 @@ def test_the_text(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "warning: n07: in the fleet, but in no group and no spare" in text
 
 
+def test_an_agent_that_is_installed_on_the_nodes_is_the_one_that_steps_run(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with path.open("a") as spec:
+        spec.write('\n[slurm]\npython = "/usr/bin/python3.9"\nagent = "/opt/slurm-rollout/agent"\n')
+    text = plan(capsys, path, *NODES)
+    lines = [line for line in text.splitlines() if line.startswith("    srun ")]
+    assert lines
+    assert all(line.endswith(" /usr/bin/python3.9 -IS /opt/slurm-rollout/agent") for line in lines)
+
+
 def test_the_srun_line_is_the_one_that_the_coordinator_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = plan(capsys, path, *NODES)
     lines = [line.strip() for line in text.splitlines() if line.startswith("    srun ")]

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from slurm_rollout.testing.slurm_cluster import BASE, FREEZER, SlurmCluster, SlurmClusterError, wait_until
+from slurm_rollout.testing.slurm_cluster import (
+    BASE,
+    FREEZER,
+    SlurmCluster,
+    SlurmClusterError,
+    wait_until,
+    why_unavailable,
+)
 
 pytestmark = pytest.mark.slurm
 
@@ -127,13 +134,28 @@ def test_stranger_holds_a_port_of_one_node_only(cluster: SlurmCluster) -> None:
 def test_user_runs_this_source_with_its_dependencies(cluster: SlurmCluster) -> None:
     program = "import slurm_rollout, pydantic, httpx, filelock, submitit, rich; print(slurm_rollout.__file__)"
     lines = output(cluster, f"srun -N1 -n1 -w n4 {cluster.python} -c '{program}'; command -v slurm-rollout")
-    assert lines == [
-        f"{cluster.python.parent.parent}/lib/python3.{sys.version_info.minor}/site-packages/slurm_rollout/__init__.py",
-        f"{cluster.python.parent}/slurm-rollout",
-    ]
-    copy = Path(lines[0]).parent
+    [copy] = cluster.python.parent.parent.glob("lib/python3.*/site-packages/slurm_rollout")
+    assert lines == [f"{copy}/__init__.py", f"{cluster.python.parent}/slurm-rollout"]
     source = Path(sys.modules[SlurmCluster.__module__].__file__ or "")
     assert (copy / "testing" / source.name).read_text() == source.read_text()
+
+
+def test_another_root_is_all_that_a_host_sees(cluster: SlurmCluster) -> None:
+    root = cluster.slurm_root
+    if root is None:
+        pytest.skip("ROLLOUT_SLURM_ROOT names no other system")
+    lines = output(cluster, "srun --version; srun -N1 -n1 -w n2 cat /etc/slurm-chroot")
+    version = (root / "etc/slurm-chroot").read_text().strip()
+    assert lines[0].startswith(f"slurm-wlm {version}.")
+    assert lines[1] == version
+    year, month = version.split(".")
+    assert cluster.slurm_version == (int(year), int(month))
+
+
+def test_directory_without_slurm_is_named(tmp_path: Path) -> None:
+    assert f"not in {tmp_path}: slurmctld, slurmd" in (why_unavailable(tmp_path) or "")
+    with pytest.raises(SlurmClusterError, match=r"slurm-chroot"):
+        SlurmCluster(slurm_root=tmp_path).start()
 
 
 def test_home_is_closed_to_others(cluster: SlurmCluster) -> None:

@@ -574,7 +574,7 @@ def test_a_new_trainer_begins_anew_but_versions_go_on(ready: RunDir, again: dict
     store.prepare(ready, make_plan(2))
     state = load(ready, **again)
 
-    assert state.clients == (ClientState(id="trainer", seq=9, echo=8, acks=4),)
+    assert state.clients == (ClientState(id="trainer", seq=8, echo=8, acks=4),)
     assert (state.paused, state.targets) == ((), {"actor": 41})
     assert [p.name for p in ready.clients.iterdir()] == ["trainer.acks.jsonl"]
 

@@ -195,7 +195,7 @@ def test_a_coordinator_is_started_with_its_term_in_a_session_of_its_own(up: Up) 
     up.start("if term == 4: os._exit(1)\n" + READY, first_term=4)
     up.wait_note("start", 5)
     assert up.term() == 0
-    before = [True, "-m", "slurm_rollout.coordinator", f"--run-dir={up.run.path}"]
+    before = [True, "-P", "-m", "slurm_rollout.coordinator", f"--run-dir={up.run.path}"]
     after = ["--first-term=4", "--job=7", "--restart-count=2"]
     assert [n[3:] for n in up.notes("start")] == [[*before, "--term=4", *after], [*before, "--term=5", *after]]
 

@@ -163,9 +163,8 @@ def _srun(plan: FleetPlan, group: GroupPlan, node: str, job: str) -> list[str] |
         return None
     run = RunDir(default_run_dir({**os.environ, "SLURM_JOB_ID": job or "JOB"}))
     het = "" if plan.het_group is None else str(plan.het_group)
-    return step_argv(
-        plan, group, node, INCARNATION, job or JOB, agent=str(run.started_agent(plan.slurm.python)), het_component=het
-    )
+    agent = str(run.started_agent(plan.slurm.python, plan.slurm.agent))
+    return step_argv(plan, group, node, INCARNATION, job or JOB, agent=agent, het_component=het)
 
 
 # ----------------------------------------------------------------------------------------------------------------- text

@@ -61,7 +61,9 @@ def run_wait(args: argparse.Namespace) -> int:
     if args.timeout is not None and not args.timeout >= 0:
         raise UsageError(f"--timeout {args.timeout:g}: must not be negative")
     try:
-        client = barrier.Barrier(_barrier_path(args), job=args.job)
+        # That somebody waits for a ready fleet lets groups start; who waits for its end must not have that effect.
+        name = "" if args.goal == "stopped" else "wait"
+        client = barrier.Barrier(_barrier_path(args), job=args.job, client=name)
     except barrier.BarrierError as e:
         raise UsageError(str(e)) from None
     try:

@@ -38,7 +38,8 @@ def shape(pool: PoolRequest, gpus_per_node: int) -> Shape:
     if pool.gpus and not gpus_per_node:
         raise SpecError(
             f"pool {pool.name} needs {pool.gpus} GPUs for each group, and no GPUs are known in the allocation: ask "
-            "Slurm for them (--gres=gpu:8 or --gpus-per-node=8), or set nodes.gpus_per_node in the spec"
+            "Slurm for them (--gpus-per-node=8; --gres=gpu:8 too, but not in a heterogeneous job), or set "
+            "nodes.gpus_per_node in the spec"
         )
     if pool.nodes is not None:
         total = pool.nodes * gpus_per_node if pool.gpus is None else pool.gpus

@@ -195,6 +195,7 @@ class SlurmSettings:
     launch_timeout_s: float = 120.0  # srun started -> its agent spoke
     command_timeout_s: float = 90.0  # every other command; clients retry for a minute by themselves
     python: str = ""  # interpreter for the agent on the nodes; empty: the coordinator's own
+    agent: str = ""  # path of an agent that is installed on the nodes; empty: the run's own copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
