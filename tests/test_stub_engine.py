@@ -13,8 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -455,6 +457,152 @@ def test_a_rank_whose_peers_do_not_come_gives_up(lab: Lab, rank: int, complaint:
     alone = lab.start("--rank", str(rank), "--size", "2", "--master", master, "--rendezvous-timeout-s", "0.3")
     assert alone.wait_exit() == 1
     assert alone.logged(complaint)
+
+
+# ------------------------------------------------------------------------------------- weights and sleep
+
+
+def post(port: int, path: str, timeout_s: float = 5, **body: object) -> tuple[int, dict[str, Any]]:
+    status, content = call(port, "POST", path, json.dumps(body).encode(), timeout_s)
+    return status, json.loads(content)
+
+
+def weights(port: int) -> Any:
+    return json.loads(call(port, "GET", "/weights")[1])["version"]
+
+
+def in_background(action: Callable[[], object]) -> Future[object]:
+    """Unlike a pool's, such a thread keeps no test from ending."""
+    future: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
+
+
+def test_answers_are_stamped_with_the_weights_that_made_them(lab: Lab) -> None:
+    engine = lab.start("--group", "actor/1", "--incarnation", "3", "--update-s", "0")
+    engine.wait_listening()
+    who = {"group": "actor/1", "incarnation": 3, "rank": 0}
+    assert generate(engine.port)["rollout"] == {**who, "weights_version": None}
+    assert weights(engine.port) is None
+    assert post(engine.port, "/update_weights", version=42) == (200, {"version": 42})
+    assert weights(engine.port) == 42
+    assert generate(engine.port)["rollout"] == {**who, "weights_version": 42}
+    status, body = call(engine.port, "POST", "/v1/completions", b'{"prompt": [1], "max_tokens": 1}')
+    assert (status, json.loads(body)["rollout"]["weights_version"]) == (200, 42)
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"{not json", b'{"version": "42"}', b'{"version": null}'])
+def test_an_update_without_a_version_is_refused(lab: Lab, body: bytes) -> None:
+    engine = lab.start()
+    engine.wait_listening()
+    assert call(engine.port, "POST", "/update_weights", body)[0] == 400
+    assert weights(engine.port) is None
+
+
+def test_generation_goes_on_with_the_old_weights_while_new_ones_arrive(lab: Lab) -> None:
+    engine = lab.start("--update-s", "0.6", "--token-s", "0.01")
+    engine.wait_listening()
+    update = in_background(lambda: post(engine.port, "/update_weights", version=1))
+    wait_until(lambda: json.loads(call(engine.port, "GET", "/weights")[1])["updating"], "the update has begun")
+    during = generate(engine.port)["rollout"]
+    assert during["weights_version"] is None
+    assert "weights_version_end" not in during
+    across = generate(engine.port, max_tokens=100)["rollout"]
+    assert (across["weights_version"], across["weights_version_end"]) == (None, 1)
+    assert update.result(DEADLINE_S) == (200, {"version": 1})
+    assert generate(engine.port)["rollout"]["weights_version"] == 1
+
+
+def test_generation_takes_time_for_each_token(lab: Lab) -> None:
+    engine = lab.start("--token-s", "0.03")
+    engine.wait_listening()
+    begun = time.monotonic()
+    generate(engine.port, max_tokens=10)
+    assert 0.3 <= time.monotonic() - begun < 1.3
+
+
+def test_an_update_needs_every_rank_and_is_finished_without_its_client(lab: Lab) -> None:
+    leader, follower = lab.group(2, "--update-s", "0")
+    follower.signal(signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        post(leader.port, "/update_weights", timeout_s=HANG_S, version=1)
+    # The next one waits behind it, and is forgotten when its client leaves before it has begun.
+    with pytest.raises(TimeoutError):
+        post(leader.port, "/update_weights", timeout_s=HANG_S, version=2)
+    assert weights(leader.port) is None
+    follower.signal(signal.SIGCONT)
+    wait_until(lambda: weights(leader.port) == 1, "the first update is finished")
+    assert not leader.logged("version 2")
+
+
+def test_update_faults(lab: Lab) -> None:
+    engine = lab.start("--update-s", "0")
+    engine.wait_listening()
+    set_fault(lab.control, "*", update="500")
+    assert post(engine.port, "/update_weights", version=1)[0] == 500
+    set_fault(lab.control, "*", update="dead")
+    with pytest.raises(TimeoutError):
+        post(engine.port, "/update_weights", timeout_s=HANG_S, version=1)
+    assert generate(engine.port)["rollout"]["weights_version"] is None
+    clear_faults(lab.control)
+    assert post(engine.port, "/update_weights", version=1)[0] == 200
+
+
+def test_asleep_a_generation_hangs_and_is_counted_and_nothing_else_notices(lab: Lab) -> None:
+    engine = lab.start("--update-s", "0")
+    engine.wait_listening()
+    post(engine.port, "/update_weights", version=5)
+    assert post(engine.port, "/sleep") == (200, {"asleep": True})
+    assert call(engine.port, "GET", "/health")[0] == 200
+    assert call(engine.port, "GET", "/v1/models")[0] == 200
+    assert metrics(engine.port)["stub_asleep_requests_total"] == 0
+    assert post(engine.port, "/update_weights", version=6)[0] == 409
+    asked = in_background(lambda: generate(engine.port, timeout_s=DEADLINE_S))
+    wait_until(lambda: metrics(engine.port)["stub_asleep_requests_total"] == 1, "the request is counted")
+    assert_generation_hangs_and_health_lies(engine.port)
+    assert not asked.done()
+    post(engine.port, "/wake_up")
+    answer = asked.result(DEADLINE_S)
+    assert isinstance(answer, dict)
+    assert answer["rollout"]["weights_version"] == 5
+    assert metrics(engine.port)["stub_asleep_requests_total"] == 2
+
+
+def test_a_generation_that_still_runs_when_the_engine_falls_asleep_is_counted_too(lab: Lab) -> None:
+    engine = lab.start("--token-s", "0.1")
+    engine.wait_listening()
+    running = in_background(lambda: generate(engine.port, max_tokens=4))
+    wait_until(lambda: metrics(engine.port)["stub_requests_running"] == 1, "it runs")
+    post(engine.port, "/sleep")
+    assert metrics(engine.port)["stub_asleep_requests_total"] == 1
+    with pytest.raises(TimeoutError):
+        running.result(4 * 0.1 + HANG_S)
+    post(engine.port, "/wake_up")
+    assert running.result(DEADLINE_S)
+
+
+def test_a_generation_crashes_a_sleeping_engine_when_told_so(lab: Lab) -> None:
+    engine = lab.start("--asleep-request", "crash")
+    engine.wait_listening()
+    post(engine.port, "/sleep")
+    assert call(engine.port, "GET", "/metrics")[0] == 200
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        generate(engine.port)
+    assert engine.wait_exit() == 1
+    assert engine.logged("1 generation(s) asked for while asleep")
+
+
+def test_a_follower_has_no_weights_of_its_own(lab: Lab) -> None:
+    _, follower = lab.group(2)
+    for path in ("/update_weights", "/sleep", "/wake_up"):
+        assert post(follower.port, path, version=1)[0] == 404
 
 
 # --------------------------------------------------------------------------------------- faults at work

@@ -14,12 +14,22 @@ on saying 200. A dead rank does the same (`--on-peer-death hang`), as with NCCL.
 also in a long prefill; `stub_generated_tokens_total` stands still then; `stub_iterations_total` counts
 steps of either kind.
 
+Weights, of an entrypoint: `POST /update_weights {"version": 42}` answers when they are applied, after `--update-s` and
+a round trip to every rank; what is generated meanwhile goes on with the old ones. An update that has begun is finished
+even if its client leaves. `GET /weights` says `{"version": null, …}` until the first one. Every completion is stamped
+with `"rollout": {"group", "incarnation", "rank", "weights_version"}`, the version being the one with which it began,
+and with `"weights_version_end"` where that had changed by the end.
+
+`POST /sleep` and `POST /wake_up`. A generation that is asked for, or still runs, while the engine sleeps is the crime:
+it is counted (`stub_asleep_requests_total`) and hangs until somebody wakes the engine up; with `--asleep-request
+crash` it ends the engine, as in older versions of vLLM. Nothing else minds the sleep, but an update: 409.
+
 Faults come from outside, in a JSON file (`--control`, or STUB_CONTROL), read again within 50 ms of a change
 and at each request. It maps "*", a group ("actor/0") or a member ("actor/0/1") to faults; the narrower one
 wins, name by name. `set_fault` and `clear_faults` write it.
 
-generation, health    "ok", "dead" (hangs until cleared), "503" or another status, "garbage" (200, not JSON),
-                      "empty" (200, no choices), "slow:2.5" (seconds; the counters move at the end). A dead
+generation, health,   "ok", "dead" (hangs until cleared), "503" or another status, "garbage" (200, not JSON),
+update                "empty" (200, no choices), "slow:2.5" (seconds; the counters move at the end). A dead
                       generation hangs the group's requests also on a rank that is no entrypoint.
 saturated             true: as if thousands of requests ran: tokens rise, one waits `slow_s` (default 60)
 prefill_s             from now on nothing is generated for so many seconds; prompt tokens and iterations rise
@@ -60,9 +70,10 @@ if TYPE_CHECKING:
     Handler = Callable[["Request"], Response]
 
 START_FAULTS = frozenset({"crash_at_start", "load_s", "never_listens", "orphan", "daemon_child"})
-LIVE_FAULTS = frozenset({"generation", "health", "saturated", "slow_s", "prefill_s", "deaf_to", "exit", "ignore_term"})
+ANSWERS = frozenset({"generation", "health", "update"})
+LIVE_FAULTS = ANSWERS | {"saturated", "slow_s", "prefill_s", "deaf_to", "exit", "ignore_term"}
 FAULT_NAMES = START_FAULTS | LIVE_FAULTS | {"incarnations"}
-COUNTERS = ("tokens_total", "generated_tokens_total", "iterations_total")
+COUNTERS = ("tokens_total", "generated_tokens_total", "iterations_total", "asleep_requests_total")
 GAUGES = ("requests_running", "requests_waiting")
 POLL_S = 0.05
 BUSY_TICK_S = 0.2
@@ -82,10 +93,13 @@ class Member(argparse.Namespace):
     session_port: int
     master: str
     load_s: float
+    token_s: float
+    update_s: float
     rendezvous_timeout_s: float
     model: str
     entrypoints: str
     on_peer_death: str
+    asleep_request: str
     control: str
     bind_early: bool
 
@@ -128,10 +142,13 @@ def parse_member(argv: list[str], environment: dict[str, str]) -> Member:
     add("--session-port", type=int, default=0, help="a second endpoint, which answers 200 on /")
     add("--master", default=master, metavar="ADDR:PORT", help="where the ranks meet; rank 0 listens there")
     add("--load-s", type=float, default=1.0)
+    add("--token-s", type=float, default=0.0, help="time for each token that a request asks for")
+    add("--update-s", type=float, default=0.1, help="time from a request for new weights until they are applied")
     add("--rendezvous-timeout-s", type=float, default=300.0)
     add("--model", default="", help="any other model name in a request is answered with 404")
     add("--entrypoints", choices=["all", "leader"], default="leader")
     add("--on-peer-death", choices=["hang", "exit"], default="hang")
+    add("--asleep-request", choices=["hang", "crash"], default="hang", help="what a generation does while it sleeps")
     add("--control", default=env("STUB_CONTROL", ""), help="JSON file with the faults")
     add("--bind-early", action="store_true", help="bind, before loading, a port that others may share (vLLM)")
     member = parser.parse_args(argv, namespace=Member())
@@ -157,7 +174,7 @@ def check_faults(faults: object) -> None:
     for name in faults.keys() & {"slow_s", "prefill_s", "load_s", "exit"}:
         if not isinstance(faults[name], int | float):
             raise ValueError(f"{name} must be a number, not {faults[name]!r}")
-    for name in faults.keys() & {"generation", "health"}:
+    for name in faults.keys() & ANSWERS:
         kind, _, seconds = str(faults[name]).partition(":")
         if kind == "slow":
             float(seconds)
@@ -486,6 +503,9 @@ class Server:
         self._collective = collective
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTERS + GAUGES, 0)
+        self._updating = threading.Lock()
+        self._version: int | None = None
+        self._asleep = False
 
     def handle(self, request: Request) -> Response:
         request.wait_while(lambda: (deaf_to := self._faults.get("deaf_to")) and deaf_to in request.client)
@@ -500,6 +520,12 @@ class Server:
             return reply(200, {"object": "list", "data": [model]})
         if request.route in ("POST /v1/chat/completions", "POST /v1/completions"):
             return self._completions(request)
+        if request.route == "GET /weights":
+            return reply(200, {"version": self._version, "asleep": self._asleep, "updating": self._updating.locked()})
+        if request.route == "POST /update_weights":
+            return self._update_weights(request)
+        if request.route in ("POST /sleep", "POST /wake_up"):
+            return self._sleep(request.route == "POST /sleep")
         return problem(404, f"no such endpoint: {request.route}")
 
     def _completions(self, request: Request) -> Response:
@@ -513,25 +539,70 @@ class Server:
             return problem(404, f"the model {model!r} does not exist, only {self._member.model!r}")
         if wish.get("stream"):
             return problem(400, "the stub engine does not stream")
+        if self._asleep:
+            self._asked_asleep(1)
         self._count(requests_waiting=1)
         try:
             self._wait_for_turn(request)
         finally:
             self._count(requests_waiting=-1)
         self._count(requests_running=1)
+        began_with = self._version
         try:
             if fault := self._faulty("generation", request):
                 return fault
+            request.wait_for(tokens * self._member.token_s)
             self._collective.round_trip(request.still_wanted)
+            request.wait_while(lambda: self._asleep)
             self._count(tokens_total=tokens + 1, generated_tokens_total=tokens, iterations_total=tokens)
         finally:
             self._count(requests_running=-1)
-        return reply(200, self._completion(model, tokens, chat="chat" in request.route))
+        return reply(200, self._completion(model, tokens, began_with, chat="chat" in request.route))
 
     def _wait_for_turn(self, request: Request) -> None:
         turn = time.monotonic() + float(self._faults.get("slow_s", 60))
         request.wait_while(lambda: self._faults.get("saturated") and time.monotonic() < turn)
         request.wait_while(self._faults.prefilling)
+        request.wait_while(lambda: self._asleep)
+
+    def _update_weights(self, request: Request) -> Response:
+        try:
+            version = json.loads(request.body)["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            return problem(400, f'the body is not {{"version": 42}}: {error!r}')
+        if not isinstance(version, int):
+            return problem(400, f"the version must be a whole number, not {version!r}")
+        if fault := self._faulty("update", request):
+            return fault
+        while not self._updating.acquire(timeout=POLL_S):  # one after another
+            request.still_wanted()
+        try:
+            request.still_wanted()
+            if self._asleep:
+                return problem(409, "asleep: wake up first")
+            # From here on nobody asks whether the client still waits: engines do not, either.
+            time.sleep(self._member.update_s)
+            self._collective.round_trip()
+            self._version = version
+        finally:
+            self._updating.release()
+        self._member.log(f"weights are version {version}")
+        return reply(200, {"version": version})
+
+    def _sleep(self, asleep: bool) -> Response:
+        with self._lock:
+            self._asleep = asleep
+            running = self._counts["requests_running"]
+        self._member.log("asleep" if asleep else "awake")
+        if asleep and running:
+            self._asked_asleep(running)
+        return reply(200, {"asleep": asleep})
+
+    def _asked_asleep(self, requests: int) -> None:
+        self._count(asleep_requests_total=requests)
+        self._member.log(f"{requests} generation(s) asked for while asleep")
+        if self._member.asleep_request == "crash":
+            self._member.fail("crash of a generation without weights, as --asleep-request says")
 
     def _faulty(self, name: str, request: Request) -> Response | None:
         """The answer that a fault prescribes; None means: answer as usual."""
@@ -547,9 +618,12 @@ class Server:
             return problem(int(kind), f"the {name} fault is set")
         return None
 
-    def _completion(self, model: str, tokens: int, *, chat: bool) -> dict[str, object]:
+    def _completion(self, model: str, tokens: int, began_with: int | None, *, chat: bool) -> dict[str, object]:
         text = " ".join(["token"] * tokens)
         answer = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        who = {"group": self._member.group, "rank": self._member.rank, "incarnation": self._member.incarnation}
+        ended_with = self._version
+        mixed = {} if ended_with == began_with else {"weights_version_end": ended_with}
         return {
             "id": f"stub-{os.getpid()}-{time.monotonic_ns()}",
             "object": "chat.completion" if chat else "text_completion",
@@ -557,9 +631,8 @@ class Server:
             "model": model,
             "choices": [{"index": 0, **answer, "finish_reason": "length"}],
             "usage": {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1},
-            "group": self._member.group,
-            "rank": self._member.rank,
-            "incarnation": self._member.incarnation,
+            **who,
+            "rollout": {**who, "weights_version": began_with, **mixed},
         }
 
     def _count(self, **changes: int) -> None:
