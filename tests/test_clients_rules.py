@@ -154,6 +154,22 @@ def test_versions_go_back_only_when_the_trainer_says_so(*, rollback: bool, versi
     assert bool(w.events("ack_refused")) is not rollback
 
 
+def test_what_was_newer_before_a_rollback_is_not_taken_for_what_gets_its_number_later() -> None:
+    w = trained(3)
+    w.ack(7, "actor/0", "actor/1", "actor/2")
+    w.tick()
+    w.probe("actor/2", 0, refusals=2, last_error="HTTP 503")  # it is away for all that follows
+    w.tick()
+    w.ack(5, "actor/0", "actor/1", rollback=True)
+    w.ack(6, "actor/0", "actor/1")
+    w.ack(7, "actor/0", "actor/1")
+    w.tick()
+    w.probe("actor/2", 0, refusals=0)
+    w.tick()
+    assert w.state.group("actor/2").phase is Phase.READY
+    assert (w.state.targets, serving(w)) == ({"actor": 7}, ("actor/0", "actor/1"))
+
+
 def test_a_frozen_pool_refuses_acknowledgements() -> None:
     w = World(make_plan(2))
     w.make_ready()

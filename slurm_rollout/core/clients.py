@@ -72,9 +72,10 @@ def _expire(client: ClientState, now: float, events: list[Event]) -> ClientState
 
 def _take_ack(plan: FleetPlan, run: RunState, client: ClientState, ack: Ack, events: list[Event]) -> RunState:
     """Believe an acknowledgement of those incarnations that it names and that still live, of nothing else."""
-    targets, taken, late = dict(run.targets), set[str](), []
+    targets, taken, late, void = dict(run.targets), set[str](), [], set[str]()
     for pool in plan.pools:
-        named = {g: n for g, n in ack.groups if g in {planned.id for planned in pool.groups}}
+        ids = {planned.id for planned in pool.groups}
+        named = {g: n for g, n in ack.groups if g in ids}
         if not named:
             continue
         target = targets.get(pool.name)
@@ -86,6 +87,8 @@ def _take_ack(plan: FleetPlan, run: RunState, client: ClientState, ack: Ack, eve
             events.append(Event(type="ack_refused", message=message, data={"client": client.id, "n": ack.n}))
             continue
         targets[pool.name] = ack.version
+        if ack.rollback:  # the trainer will give the numbers of newer versions to other weights
+            void |= {g.id for g in run.groups if g.id in ids and (g.weights_version or 0) > ack.version}
         for g in run.groups:
             if g.id not in named:
                 continue
@@ -97,7 +100,8 @@ def _take_ack(plan: FleetPlan, run: RunState, client: ClientState, ack: Ack, eve
         what = ", ".join(sorted(taken)) or "no group"
         message = f"{client.id}: version {ack.version} in {what}" + (f"; not in {', '.join(late)}" if late else "")
         events.append(Event(type="weights", message=message, data={"client": client.id, "version": ack.version}))
-    groups = tuple(replace(g, weights_version=ack.version) if g.id in taken else g for g in run.groups)
+    versions = dict.fromkeys(void) | dict.fromkeys(taken, ack.version)
+    groups = tuple(replace(g, weights_version=versions[g.id]) if g.id in versions else g for g in run.groups)
     return replace(run, targets=targets, groups=groups)
 
 
