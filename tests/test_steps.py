@@ -253,7 +253,7 @@ def test_a_step_is_a_session_of_its_own_and_gets_its_orders_in_one_variable(lab:
     assert environ["USERS"] == "own"
     assert "ROLLOUT_SWEEP" not in environ
     assert {k: orders[k] for k in ("version", "mode", "run_id", "group", "incarnation", "node", "setup")} == {
-        "version": 1,
+        "version": 2,
         "mode": "serve",
         "run_id": lab.run_id,
         "group": GROUP,
