@@ -1154,14 +1154,17 @@ class Pause:
     def __init__(self, path: str, pool: str) -> None:
         self._path = path
         self._pool = pool
-        self._last = False
+        self._last = 0
 
-    def holds(self) -> bool:
+    def number(self) -> int:
+        """Return which pause it is, from 1; 0: there is none."""
         try:
             with open(self._path, "rb") as file:
                 pools = json.loads(file.read())["pools"]
-            self._last = any(p["name"] == self._pool and p.get("probes") == "paused" for p in pools)
-        except (OSError, ValueError, KeyError, TypeError):  # missing or half visible, as shared file systems show it
+            mine = next(p for p in pools if p["name"] == self._pool)
+            self._last = int(mine["pauses"]) if mine["probes"] == "paused" else 0
+        # Missing or half visible, as shared file systems show it.
+        except (OSError, ValueError, KeyError, TypeError, StopIteration):
             pass
         return self._last
 
@@ -1176,9 +1179,10 @@ class LocalProbe:
         self._policy = policy
         self._timeout_s: float = policy["timeout_s"]
         self._reported = 0
-        self._reported_rest = False
+        self._reported_rest = 0
+        self._resumed_at = -math.inf
         self._barrier = Pause(policy["barrier"], policy["pool"]) if policy.get("barrier") else None
-        self.rests = False  # the trainer said that engines of this pool sleep: nothing is asked of them
+        self.rests = 0  # the pause in which nothing is asked of engines of this pool, because they sleep; 0: none
         self.state = (0, "")  # failures in a row, the last error; replaced as a whole by the probe's thread
 
     def report(self) -> None:
@@ -1186,7 +1190,7 @@ class LocalProbe:
         rests = self.rests
         if rests != self._reported_rest:
             self._reported_rest = rests
-            reports.say("probes", rank=self._rank, paused=rests)
+            reports.say("probes", rank=self._rank, paused=rests > 0, pause=rests)
         failures, error = self.state
         failures = min(failures, self._policy["failure_threshold"])
         if failures != self._reported:
@@ -1197,8 +1201,7 @@ class LocalProbe:
         """Probe for ever: the body of the probe's thread."""
         seen = None
         while True:
-            if self._rest():
-                seen = None
+            self._rest()
             began = time.monotonic()
             error = self._ask_engine()
             took_s = time.monotonic() - began
@@ -1207,33 +1210,30 @@ class LocalProbe:
             seen = counter if counter is not None else seen
             if not error or moved:
                 self._set(0, "")
-            # Where we ourselves did not run, nothing was observed.
-            elif took_s < self._timeout_s + 2:
+            # Where we ourselves did not run, nothing was observed; and right after a pause it may be waking up.
+            elif took_s < self._timeout_s + 2 and time.monotonic() >= self._resumed_at + self._policy["period_s"]:
                 self._set(self.state[0] + 1, error)
             self._pass(began + self._policy["period_s"])
 
-    def _rest(self) -> bool:
-        """Ask nothing while the barrier says so, and for one period after it; tell whether it did."""
-        rested = False
-        while self._barrier is not None and self._barrier.holds():
-            rested = True
-            self._set(0, "")
-            self._say_rests(True)
-            while self._barrier.holds():
-                time.sleep(PAUSE_LOOK_S)
-            self._say_rests(False)
-            self._pass(time.monotonic() + self._policy["period_s"])
-        return rested
+    def _rest(self) -> None:
+        """Ask nothing while the barrier says so. What failed before counts all the same."""
+        while self._barrier is not None and (pause := self._barrier.number()):
+            self._say_rests(pause)
+            time.sleep(PAUSE_LOOK_S)
+        if self.rests:
+            self._resumed_at = time.monotonic()
+            self._say_rests(0)
 
     def _pass(self, until: float) -> None:
         """Let time pass; no longer than a look at the barrier allows, where there is one to look at."""
-        while time.monotonic() < until and not (self._barrier is not None and self._barrier.holds()):
+        while time.monotonic() < until and not (self._barrier is not None and self._barrier.number()):
             step_s = until - time.monotonic() if self._barrier is None else PAUSE_LOOK_S
             time.sleep(max(0.0, min(step_s, until - time.monotonic())))
 
-    def _say_rests(self, rests: bool) -> None:
-        self.rests = rests
-        os.kill(os.getpid(), signal.SIGCHLD)
+    def _say_rests(self, pause: int) -> None:
+        if pause != self.rests:
+            self.rests = pause
+            os.kill(os.getpid(), signal.SIGCHLD)
 
     def _set(self, failures: int, error: str) -> None:
         if (failures, error) != self.state:

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple, Self
 
 import httpx
 
-from slurm_rollout.core.health import ProbeResult, Verdict, counter_value, fold, judge, judge_models, one_line, rested
+from slurm_rollout.core.health import ProbeResult, Verdict, counter_value, fold, judge, judge_models, one_line
 from slurm_rollout.core.model import Endpoint
 from slurm_rollout.core.plan import ProbePolicy
 from slurm_rollout.ports_check import OWN_TROUBLE
@@ -115,13 +115,11 @@ class Prober:
             self._running[key] = target, asyncio.create_task(probing)
 
     def pause(self, groups: Set[str]) -> None:
-        """Ask nothing more of ready engines of these groups, and of no others; what failed before counts no more.
+        """Ask nothing more of ready engines of these groups, and of no others.
 
-        A probe that is on its way is let end, and not learnt from. Afterwards one full period passes before the first.
+        A probe that is on its way is let end: whoever pauses waits for that (`is_quiet`). What failed before counts on
+        after the pause; what fails within a period after it does not, the engine may be waking up.
         """
-        for group in groups - self._paused:
-            _, ranks = self._known.get(group, (0, {}))
-            ranks.update({rank: rested(endpoint) for rank, endpoint in ranks.items()})
         for group in self._paused - groups:
             self._resumed_at[group] = self._clock()
         self._paused = frozenset(groups)
@@ -191,15 +189,14 @@ class Prober:
         def next_turn(earliest: float) -> float:
             return earliest + (turn_s - earliest) % period_s
 
-        start_at = next_turn(self._clock())
+        start_at, rested = next_turn(self._clock()), False
         while True:
             await asyncio.sleep(max(0.0, start_at - self._clock()))
             if key.group in self._paused:
-                start_at = self._clock() + min(PAUSED_LOOK_S, period_s)
+                rested, start_at = True, self._clock() + min(PAUSED_LOOK_S, period_s)
                 continue
-            rested_until = self._resumed_at.get(key.group, -math.inf) + period_s
-            if start_at < rested_until:
-                start_at = next_turn(rested_until)
+            if rested:
+                rested, start_at = False, next_turn(self._clock())
                 continue
             lagged = self._clock() - start_at > _lag_allowed_s(timeout_s)
             if not lagged:
@@ -208,10 +205,11 @@ class Prober:
                     result = await self._probe_liveness(target, question)
                 finally:
                     self._asking.discard(key)
-                if key.group in self._paused:
-                    self._wake()
-                else:
+                waking_until = self._resumed_at.get(key.group, -math.inf) + period_s
+                if result.ok or result.ended_at >= waking_until:
                     self._learn(key, result)
+                if key.group in self._paused:
+                    self._wake()  # its end is waited for
                 lagged = result.lagged
             now = self._clock()
             # After a lag one full period passes before the next verdict: the engines may have been stopped with us.

@@ -78,7 +78,7 @@ class _Step:
     started: tuple[int, ...] | None = None
     listening: set[int] = field(default_factory=set)
     failing: dict[int, int] = field(default_factory=dict)
-    paused: set[int] = field(default_factory=set)  # ranks of which the agent asks nothing
+    pauses: dict[int, int] = field(default_factory=dict)  # rank -> the pause in which the agent asks nothing of it
     snapshot: bool = False
     strangers: dict[int, str] = field(default_factory=dict)  # by rank, until its own engine listens
     exit: ExitRecord | None = None
@@ -387,8 +387,7 @@ def _take_in(step: _Step, report: dict[str, Any]) -> None:
         case "local_probe":
             step.failing[int(report["rank"])] = int(report["failures"])
         case "probes":
-            rank = int(report["rank"])
-            step.paused = step.paused | {rank} if report["paused"] is True else step.paused - {rank}
+            step.pauses[int(report["rank"])] = int(report["pause"])
         case "snapshot":
             step.snapshot = True
         case "exit":
@@ -436,7 +435,7 @@ def _observation(step: _Step) -> StepObservation:
         stranger=next(iter(step.strangers.values()), ""),
         failing=dict(step.failing),
         snapshot=step.snapshot,
-        probes_paused=step.listening <= step.paused,
+        pause=min((step.pauses.get(rank, 0) for rank in step.listening), default=None),
         exit=step.exit,
     )
 

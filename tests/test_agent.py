@@ -823,7 +823,8 @@ def test_samples_are_added_up(page: str, total: float | None) -> None:
 
 def barrier(path: Path, *, paused: bool) -> None:
     """Replace the file, as the coordinator does."""
-    pools = [{"name": "actor", "probes": "paused" if paused else "on"}, {"name": "reward", "probes": "on"}]
+    actor = {"name": "actor", "probes": "paused" if paused else "on", "pauses": 3}
+    pools = [actor, {"name": "reward", "probes": "on", "pauses": 1}]
     (path.parent / "staged").write_text(json.dumps({"pools": pools}))
     (path.parent / "staged").rename(path)
 
@@ -839,16 +840,18 @@ def test_it_asks_nothing_while_the_barrier_says_that_engines_sleep(node: Node, m
     agent.saw("local_probe", failures=3)
 
     barrier(path, paused=True)
-    agent.saw("probes", rank=0, paused=True)
-    agent.saw("local_probe", failures=0)
+    agent.saw("probes", rank=0, paused=True, pause=3)
     before = asked(mode)
     path.write_text('{"pools": [{"na')  # half visible: its last word holds
     time.sleep(1.5)  # longer than it takes to look at the barrier again, and thirty periods
     assert asked(mode) == before
 
     barrier(path, paused=False)
-    agent.saw("probes", paused=False)
-    agent.saw("local_probe", failures=1)
+    agent.saw("probes", paused=False, pause=0)
+    more_probes(mode, 1)
+    assert not [r for r in agent.all("local_probe") if r["failures"] == 0], "what failed before the pause counts on"
+    mode.write_text("ok")
+    agent.saw("local_probe", failures=0)
     agent.stop()
 
 

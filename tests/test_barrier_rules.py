@@ -251,6 +251,7 @@ def test_the_document_has_every_field_of_the_contract() -> None:
                 "min_ready": 2,
                 "weights_version": None,
                 "probes": "on",
+                "pauses": 0,
                 "restarts": "at_once",
                 "may_start": "",
             }

@@ -439,10 +439,37 @@ def test_an_announcement_is_not_echoed_before_the_agents_ask_nothing() -> None:
     w.say(phase="training")
     w.tick()
     w.settle()
-    w.change("actor/0", "n1", probes_paused=False)
+    w.change("actor/0", "n1", pause=0)
     w.tick()
     assert client(w).echo == 0
-    w.change("actor/0", "n1", probes_paused=True)
+    w.change("actor/0", "n1", pause=1)
+    w.tick()
+    assert client(w).echo == 1
+
+
+def test_an_agent_that_means_the_pause_before_is_not_believed() -> None:
+    """Its file system is slow: it goes on asking when it sees that pause end, and this one begins."""
+    w = colocated()
+    w.say(phase="training")
+    w.tick()
+    w.settle()
+    w.say(phase="generating")
+    w.tick()
+    w.say(phase="training")
+    w.tick()
+    w.tick()
+    assert client(w).echo == 2
+    w.settle()
+    w.tick()
+    assert client(w).echo == 3
+
+
+def test_a_step_without_entrypoints_has_nobody_to_ask() -> None:
+    w = colocated()
+    w.say(phase="training")
+    w.tick()
+    w.settle()
+    w.change("actor/0", "n1", pause=None)
     w.tick()
     assert client(w).echo == 1
 

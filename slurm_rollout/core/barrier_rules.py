@@ -84,6 +84,7 @@ def barrier_document(
                 "min_ready": v.min_ready,
                 "weights_version": run.targets.get(v.name),
                 "probes": "paused" if v.name in run.paused else "on",
+                "pauses": run.pauses.get(v.name, 0),
                 "restarts": plan.pool(v.name).restart.when,
                 "may_start": kept[v.name],
             }

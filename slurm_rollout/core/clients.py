@@ -126,7 +126,10 @@ def _pause(plan: FleetPlan, run: RunState, now: float, events: list[Event]) -> R
                 else "probes go on"
             )
             events.append(Event(type="probes", reason="paused" if who else "on", message=message))
-    return run if tuple(paused) == run.paused else replace(run, paused=tuple(paused))
+    if tuple(paused) == run.paused:
+        return run
+    begun = {name: run.pauses.get(name, 0) + 1 for name in paused if name not in run.paused}
+    return replace(run, paused=tuple(paused), pauses={**run.pauses, **begun})
 
 
 def keeps_from_starting(plan: FleetPlan, run: RunState, pool: PoolPlan, now: float) -> str:
@@ -203,6 +206,8 @@ def _loud(plan: FleetPlan, run: RunState, obs: Observation, client: ClientState)
             if seen is None or seen.incarnation != g.incarnation:
                 yield g.id
                 continue
-            agents = [s for s in seen.steps if s.exit is None and s.process is Process.RUNNING]
-            if not seen.probes_paused or not all(s.probes_paused for s in agents):
+            # An agent on a slow file system may still mean the pause before this one.
+            pause = run.pauses[pool.name]
+            agents = [s.pause for s in seen.steps if s.exit is None and s.process is Process.RUNNING]
+            if not seen.probes_paused or not all(said in (None, pause) for said in agents):
                 yield g.id

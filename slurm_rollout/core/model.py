@@ -111,6 +111,7 @@ class RunState:
     alive: tuple[tuple[str, int], ...] = ()  # that have URLs in it: those that serve, and the stale ones
     clients: tuple[ClientState, ...] = ()
     paused: tuple[str, ...] = ()  # pools of whose engines nothing is asked, because a client said so
+    pauses: Mapping[str, int] = field(default_factory=dict)  # pool -> how often that began
     targets: Mapping[str, int] = field(default_factory=dict)  # trained pool -> the weights version that serves
     pools_once_ready: tuple[str, ...] = ()
     started_at: float = 0.0
@@ -172,7 +173,7 @@ class StepObservation:
     stranger: str = ""  # who holds an entrypoint's socket, where it is not the agent's tree
     failing: Mapping[int, int] = field(default_factory=dict)  # rank -> node-local probe failures in a row
     snapshot: bool = False  # the agent wrote down what its engines' processes were doing
-    probes_paused: bool = False  # the agent asks its engines nothing
+    pause: int | None = 0  # in which pause its agent asks its engines nothing; 0: in none; None: it has none to ask
     exit: ExitRecord | None = None
 
 

@@ -193,6 +193,9 @@ class World:
     def _rests(self, group: str) -> bool:
         return self.plan.group(group).pool in self.state.paused
 
+    def _pause(self, group: str) -> int:
+        return self.state.pauses[self.plan.group(group).pool] if self._rests(group) else 0
+
     def _watched(self, g: GroupState) -> list[Key]:
         """The steps of the state, and those whose srun lingers after their agent's last word."""
         wanted = {(s.node, s.sweep) for s in g.steps}
@@ -310,7 +313,7 @@ class World:
                     record = ExitRecord(cause="swept", message="")
                     step = replace(step, exit=record, process=Process.EXITED, exited_at=self.now, exit_code=0)
                 else:
-                    step = replace(step, spoke=True, fenced=True, waiting_for="", probes_paused=self._rests(g.id))
+                    step = replace(step, spoke=True, fenced=True, waiting_for="", pause=self._pause(g.id))
                 self.steps[key] = step
             if keys and all(self.steps[k].started is not None for k in keys):
                 for member in self.plan.group(g.id).entrypoints:
