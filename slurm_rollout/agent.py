@@ -1180,7 +1180,6 @@ class LocalProbe:
         self._timeout_s: float = policy["timeout_s"]
         self._reported = 0
         self._reported_rest = 0
-        self._resumed_at = -math.inf
         self._barrier = Pause(policy["barrier"], policy["pool"]) if policy.get("barrier") else None
         self.rests = 0  # the pause in which nothing is asked of engines of this pool, because they sleep; 0: none
         self.state = (0, "")  # failures in a row, the last error; replaced as a whole by the probe's thread
@@ -1201,7 +1200,8 @@ class LocalProbe:
         """Probe for ever: the body of the probe's thread."""
         seen = None
         while True:
-            self._rest()
+            if self._rest():
+                seen = None
             began = time.monotonic()
             error = self._ask_engine()
             took_s = time.monotonic() - began
@@ -1210,19 +1210,25 @@ class LocalProbe:
             seen = counter if counter is not None else seen
             if not error or moved:
                 self._set(0, "")
-            # Where we ourselves did not run, nothing was observed; and right after a pause it may be waking up.
-            elif took_s < self._timeout_s + 2 and time.monotonic() >= self._resumed_at + self._policy["period_s"]:
+            # Where we ourselves did not run, nothing was observed.
+            elif took_s < self._timeout_s + 2:
                 self._set(self.state[0] + 1, error)
             self._pass(began + self._policy["period_s"])
 
-    def _rest(self) -> None:
-        """Ask nothing while the barrier says so. What failed before counts all the same."""
-        while self._barrier is not None and (pause := self._barrier.number()):
-            self._say_rests(pause)
-            time.sleep(PAUSE_LOOK_S)
-        if self.rests:
-            self._resumed_at = time.monotonic()
+    def _rest(self) -> bool:
+        """Ask nothing while the barrier says so, and for one period after it; tell whether it did.
+
+        What failed in a row before goes on then.
+        """
+        rested = False
+        while self._barrier is not None and self._barrier.number():
+            rested = True
+            while pause := self._barrier.number():
+                self._say_rests(pause)  # also of the next one: the end of the last may never have been seen
+                time.sleep(PAUSE_LOOK_S)
             self._say_rests(0)
+            self._pass(time.monotonic() + self._policy["period_s"])
+        return rested
 
     def _pass(self, until: float) -> None:
         """Let time pass; no longer than a look at the barrier allows, where there is one to look at."""

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple, Self
 
 import httpx
 
-from slurm_rollout.core.health import ProbeResult, Verdict, counter_value, fold, judge, judge_models, one_line
+from slurm_rollout.core.health import ProbeResult, Verdict, counter_value, fold, judge, judge_models, one_line, rested
 from slurm_rollout.core.model import Endpoint
 from slurm_rollout.core.plan import ProbePolicy
 from slurm_rollout.ports_check import OWN_TROUBLE
@@ -117,9 +117,12 @@ class Prober:
     def pause(self, groups: Set[str]) -> None:
         """Ask nothing more of ready engines of these groups, and of no others.
 
-        A probe that is on its way is let end: whoever pauses waits for that (`is_quiet`). What failed before counts on
-        after the pause; what fails within a period after it does not, the engine may be waking up.
+        A probe that is on its way is let end: whoever pauses waits for that (`is_quiet`). Afterwards one full period
+        passes before the first: the engine may be waking up. What failed in a row before goes on then.
         """
+        for group in groups ^ self._paused:
+            _, ranks = self._known.get(group, (0, {}))
+            ranks.update({rank: rested(endpoint) for rank, endpoint in ranks.items()})
         for group in self._paused - groups:
             self._resumed_at[group] = self._clock()
         self._paused = frozenset(groups)
@@ -189,14 +192,15 @@ class Prober:
         def next_turn(earliest: float) -> float:
             return earliest + (turn_s - earliest) % period_s
 
-        start_at, rested = next_turn(self._clock()), False
+        start_at = next_turn(self._clock())
         while True:
             await asyncio.sleep(max(0.0, start_at - self._clock()))
             if key.group in self._paused:
-                rested, start_at = True, self._clock() + min(PAUSED_LOOK_S, period_s)
+                start_at = self._clock() + min(PAUSED_LOOK_S, period_s)
                 continue
-            if rested:
-                rested, start_at = False, next_turn(self._clock())
+            rested_until = self._resumed_at.get(key.group, -math.inf) + period_s
+            if start_at < rested_until:
+                start_at = next_turn(rested_until)
                 continue
             lagged = self._clock() - start_at > _lag_allowed_s(timeout_s)
             if not lagged:
@@ -205,9 +209,7 @@ class Prober:
                     result = await self._probe_liveness(target, question)
                 finally:
                     self._asking.discard(key)
-                waking_until = self._resumed_at.get(key.group, -math.inf) + period_s
-                if result.ok or result.ended_at >= waking_until:
-                    self._learn(key, result)
+                self._learn(key, result)
                 if key.group in self._paused:
                     self._wake()  # its end is waited for
                 lagged = result.lagged

@@ -494,15 +494,18 @@ def test_an_agent_that_does_not_say_that_it_asks_nothing_is_not_waited_for_for_e
     assert "actor/0, actor/1" in next(e for e in w.events("probes") if e.reason == "unconfirmed").message
 
 
-def test_a_pause_has_an_end() -> None:
+def test_a_pause_has_an_end_however_often_it_is_announced() -> None:
     w = colocated()
-    w.say(phase="training")
-    w.tick()
-    assert w.state.paused == ("actor",)
-    w.tick(PAUSES.pause_max_s + 1.0)
+    for _ in range(2):
+        w.say(phase="training")
+        w.tick()
+        w.settle()
+        w.tick(1.0)
+    assert (w.state.paused, client(w).echo) == (("actor",), 2)
+    w.tick(PAUSES.pause_max_s)
     assert not w.state.paused
-    assert next(e.reason for e in w.events("probes")) == "paused"
-    assert "no word for 3600 s" in w.events("probes")[-1].message
+    assert [e.reason for e in w.events("probes")] == ["paused", "on"]
+    assert "paused for 3600 s" in w.events("probes")[-1].message
 
 
 def test_a_sleeping_engine_that_dies_is_seen_all_the_same() -> None:

@@ -54,6 +54,7 @@ def _hear(client: ClientState, words: ClientWords, now: float, events: list[Even
         seq=words.seq,
         heard_at=now,
         phase=words.phase,
+        phase_since=client.phase_since if words.phase == client.phase else None,
         hold_s=words.hold_s,
         waiting_s=words.waiting_s,
         hold=client.hold and words.hold_s > 0,
@@ -87,8 +88,9 @@ def _take_ack(plan: FleetPlan, run: RunState, client: ClientState, ack: Ack, eve
             events.append(Event(type="ack_refused", message=message, data={"client": client.id, "n": ack.n}))
             continue
         targets[pool.name] = ack.version
-        if ack.rollback:  # the trainer will give the numbers of newer versions to other weights
-            void |= {g.id for g in run.groups if g.id in ids and (g.weights_version or 0) > ack.version}
+        if target is not None and ack.version < target:
+            # Newer numbers will stand for other weights; and one that has this may have got half of a newer one.
+            void |= ids
         for g in run.groups:
             if g.id not in named:
                 continue
@@ -113,7 +115,11 @@ def _pause(plan: FleetPlan, run: RunState, now: float, events: list[Event]) -> R
     paused = []
     for pool in plan.pools:
         policy = pool.probe
-        who = [c for c in run.clients if c.phase in policy.pause_in and now < c.heard_at + policy.pause_max_s]
+        who = [
+            c
+            for c in run.clients
+            if c.phase in policy.pause_in and (c.phase_since is None or now < c.phase_since + policy.pause_max_s)
+        ]
         if who:
             paused.append(pool.name)
         if bool(who) is not (pool.name in run.paused):
@@ -121,7 +127,7 @@ def _pause(plan: FleetPlan, run: RunState, now: float, events: list[Event]) -> R
             message = f"pool {pool.name}: " + (
                 f"{who[0].id} announced {who[0].phase}: probes rest"
                 if who
-                else f"no word for {policy.pause_max_s:g} s: probes go on, whatever the engines do"
+                else f"paused for {policy.pause_max_s:g} s: probes go on, whatever the engines do"
                 if over
                 else "probes go on"
             )
@@ -160,7 +166,8 @@ def next_change_at(plan: FleetPlan, run: RunState) -> Iterator[float]:
             yield client.heard_at + client.waiting_s
         for pool in plan.pools:
             if pool.name in run.paused and client.phase in pool.probe.pause_in:
-                yield client.heard_at + pool.probe.pause_max_s
+                if client.phase_since is not None:
+                    yield client.phase_since + pool.probe.pause_max_s
                 if client.echo < client.seq:
                     yield client.heard_at + pool.probe.liveness_timeout_s + UNCONFIRMED_S
 
@@ -191,7 +198,7 @@ def _answer(plan: FleetPlan, run: RunState, obs: Observation, client: ClientStat
             return client
         message = f"{client.id}: it is not certain that nothing is asked of {', '.join(loud)}"
         events.append(Event(type="probes", reason="unconfirmed", message=message))
-    return replace(client, echo=client.seq)
+    return replace(client, echo=client.seq, phase_since=obs.now if client.phase_since is None else client.phase_since)
 
 
 def _loud(plan: FleetPlan, run: RunState, obs: Observation, client: ClientState) -> Iterator[str]:

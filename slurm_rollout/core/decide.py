@@ -170,7 +170,7 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
             found = GroupObservation(id=g.id, incarnation=g.incarnation)
         seen[g.id] = found
     living = {g.id for g in run.groups if has_living_steps(seen[g.id])}
-    suspect = _most_time_out(run, seen)
+    suspect = _most_time_out(plan, run, seen)
     kept = {p.name: clients.keeps_from_starting(plan, run, p, obs.now) for p in plan.pools}
     return {
         group.id: Context(
@@ -188,10 +188,11 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
     }
 
 
-def _most_time_out(run: RunState, seen: dict[str, GroupObservation]) -> bool:
+def _most_time_out(plan: FleetPlan, run: RunState, seen: dict[str, GroupObservation]) -> bool:
     """Tell whether more than half of the groups whose steps all run time out: then we are the suspect, not they.
 
     A step that ended convicts its own group and nobody else: others may time out because we are cut off from them.
+    A group that is asked nothing, or was not asked since, says nothing of that.
 
     While it holds anybody back, a suspicion lasts until nobody times out: the restart of a group that its own agent
     gave up must not convict the others.
@@ -199,7 +200,14 @@ def _most_time_out(run: RunState, seen: dict[str, GroupObservation]) -> bool:
     alive = [seen[g.id] for g in run.groups if g.phase in ALIVE]
     whole = [g for g in alive if all(s.exit is None and s.process is Process.RUNNING for s in g.steps)]
     late = [g for g in whole if any(e.failures and not e.refusals for e in g.endpoints)]
-    return bool(late) and (2 * len(late) > len(whole) or run.suspect_self_since is not None)
+    heard = [
+        g
+        for g in whole
+        if g not in late
+        and plan.pool_of(g.id).name not in run.paused
+        and any(e.answers or e.refusals for e in g.endpoints)
+    ]
+    return bool(late) and (len(late) > len(heard) or run.suspect_self_since is not None)
 
 
 def _suspect_self(run: RunState, contexts: dict[str, Context], obs: Observation, events: list[Event]) -> RunState:

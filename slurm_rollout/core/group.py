@@ -225,7 +225,7 @@ def ended(ctx: Context, g: GroupState, step: StepObservation) -> bool | None:
 
 def has_living_steps(seen: GroupObservation) -> bool:
     """Tell whether anything of the group runs, as far as its own processes on the batch host tell."""
-    return any(s.exit is None and s.process is Process.RUNNING for s in seen.steps)
+    return any(s.exit is None and s.process is Process.RUNNING and s.spoke for s in seen.steps)
 
 
 # ------------------------------------------------------------------------------------------------------------- handlers

@@ -94,10 +94,12 @@ def _fold_liveness_failure(endpoint: Endpoint, result: ProbeResult) -> Endpoint:
 
 
 def rested(endpoint: Endpoint) -> Endpoint:
-    """Return an endpoint of which nothing was asked for a while: what failed before counts no more."""
-    return replace(
-        endpoint, failures=0, refusals=0, slow=False, last_error="", last_counter=None, first_failure_at=None
-    )
+    """Return an endpoint of which nothing is asked for a while.
+
+    What failed in a row goes on after it: an engine that hangs is seen also where a trainer pauses its probes more
+    often than the threshold takes.
+    """
+    return replace(endpoint, answers=False, slow=False, last_counter=None)
 
 
 # ------------------------------------------------------------------------------------------------------------- judges

@@ -90,6 +90,7 @@ class ClientState:
     seq: int = 0  # the newest word that was heard
     heard_at: float = 0.0
     phase: str = ""  # "generating", "training", "syncing"; empty: it never announced one
+    phase_since: float | None = None  # when that was echoed first; None: not yet
     hold_s: float = 0.0  # a hold is asked for or kept; expires so long after `heard_at`
     waiting_s: float = 0.0  # it sits in `wait_ready`; that word holds for so long after `heard_at`
     hold: bool = False  # granted
