@@ -9,6 +9,7 @@ import argparse
 import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,18 +25,20 @@ import pytest
 
 from slurm_rollout.cli import simulate as simulate_cli
 from slurm_rollout.core.plan import Counter, FleetPlan, ProbePolicy, ProbeRequest, RestartPolicy
-from slurm_rollout.simulation.faults import KINDS, Fault
+from slurm_rollout.simulation.case import with_trainers
+from slurm_rollout.simulation.faults import Fault
 from slurm_rollout.simulation.rates import Rates, forecast
 from slurm_rollout.simulation.run import START, Case, Outcome, make_case, play_seed, run
 from slurm_rollout.simulation.shrink import shrink
 from slurm_rollout.simulation.soak import report
+from slurm_rollout.simulation.trainer_faults import KINDS, TRAINER_KINDS
 from slurm_rollout.store import load_plan
 from slurm_rollout.testing.fleet import Fleet, LocalFleet, SlurmFleet, stub_spec
 from slurm_rollout.testing.slurm_cluster import SlurmCluster
 from slurm_rollout.testing.world import make_plan
 from tests.mutants import MUTANTS, by_simulation, plant
 
-SEEDS = 600
+SEEDS = 500
 HOURS = 0.5
 
 
@@ -65,6 +68,7 @@ def fine(outcome: Outcome) -> Outcome:
 # ---------------------------------------------------------------------------------------------------------- many seeds
 
 
+@pytest.mark.timeout(400)  # alone it takes about one minute
 def test_no_seed_breaks_an_invariant() -> None:
     # Not forked: a worker of pytest may have threads. Two cores are what the smallest machine of CI has.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
@@ -80,11 +84,21 @@ def test_every_kind_of_fault_is_among_the_seeds() -> None:
     assert {fault.kind for seed in range(200) for fault in make_case(seed, hours=HOURS).faults} == set(KINDS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_fleet_survives_one_kind_of_fault_alone(kind: str) -> None:
+def four(kind: str) -> list[Fault]:
     for_s = KINDS[kind].most_s or 0.0
-    faults = [Fault(START + 200.0 + 500.0 * i, kind, i / 4, 0.5, for_s) for i in range(4)]
-    fine(run(case(plan(4, 2), *faults, minutes=60.0)))
+    return [Fault(START + 200.0 + 500.0 * i, kind, i / 4, 0.5, for_s) for i in range(4)]
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in TRAINER_KINDS])
+def test_a_fleet_survives_one_kind_of_fault_alone(kind: str) -> None:
+    fine(run(case(plan(4, 2), *four(kind), minutes=60.0)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_does_one_with_a_trainer(kind: str, seed: int) -> None:
+    faults = tuple(four(kind))
+    fine(run(replace(with_trainers(case(plan(4, 2), minutes=60.0), random.Random(seed)), faults=faults)))
 
 
 # ------------------------------------------------------------------------------------------------------------ kept ones

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slurm_rollout.core.plan import (
     Counter,
     FencePolicy,
     FleetPlan,
+    PoolPlan,
     ProbePolicy,
     ProbeRequest,
     RestartPolicy,
@@ -16,6 +17,8 @@ from slurm_rollout.core.plan import (
 )
 from slurm_rollout.simulation import faults as fault_kinds
 from slurm_rollout.simulation.faults import Fault
+from slurm_rollout.simulation.trainer import Habits
+from slurm_rollout.simulation.trainer_faults import TRAINER_KINDS
 from slurm_rollout.testing.world import make_plan
 
 
@@ -29,6 +32,7 @@ class Case:
     peace_at: float  # when the faults end
     load_s: tuple[float, float] = (20.0, 60.0)
     job_ends: bool = False  # at the end the job is killed, instead of told to end
+    clients: tuple[Habits, ...] = ()
     stops: bool = False  # when the faults end the clock stops; a fleet that failed before stays down
 
 
@@ -59,6 +63,7 @@ START = 1000.0
 def make_case(seed: int, *, hours: float = 1.0, per_hour: float | None = None, plan: FleetPlan | None = None) -> Case:
     """Return the case that a seed stands for: the plan, the faults, how it ends."""
     rng = random.Random(seed)
+    plan_is_free = plan is None
     plan = plan or some_plan(rng)
     kinds = fault_kinds.every_kind()
     if rng.random() < 0.5:  # a few kinds at a time meet each other more often
@@ -68,7 +73,7 @@ def make_case(seed: int, *, hours: float = 1.0, per_hour: float | None = None, p
     begins_at = START + rng.choice((0.0, 30.0, 120.0))
     schedule = fault_kinds.schedule(rng, begins_at, hours, rate, kinds)
     load_s = (2.0, 10.0) if longest < 200 else (20.0, 60.0)
-    return Case(
+    case = Case(
         seed=seed,
         plan=plan,
         faults=tuple(schedule),
@@ -76,6 +81,58 @@ def make_case(seed: int, *, hours: float = 1.0, per_hour: float | None = None, p
         load_s=load_s,
         job_ends=rng.random() < 0.3,
     )
+    # Drawn apart: a seed means the same fleet and the same faults as before there were trainers.
+    rng = random.Random(f"trainers of {seed}")
+    return with_trainers(case, rng) if plan_is_free and rng.random() < 0.6 else case
+
+
+def with_trainers(case: Case, rng: random.Random) -> Case:
+    """Return the case with a trainer and what goes wrong with it: on nodes of its own, or on the engines' GPUs."""
+    colocated = rng.random() < 0.5
+    lease_s = rng.choice((0.0, 60.0, 120.0, 300.0))
+    trainer = Habits(announces=colocated or rng.random() < 0.7, hasty=rng.random() < 0.3, lease_s=lease_s)
+    clients = (trainer, Habits(name="generator", trains=False, syncs_each=4)) if rng.random() < 0.3 else (trainer,)
+    probe = replace(
+        case.plan.pools[0].probe,
+        pause_in=("training", "syncing") if colocated else rng.choice(((), ("syncing",), ("syncing",))),
+        pause_max_s=rng.choice((200.0, 900.0, 3600.0)),
+    )
+    pool = replace(
+        case.plan.pools[0],
+        weights="trained",
+        probe=probe,
+        restart=replace(case.plan.pools[0].restart, when="at_barrier" if colocated else "at_once"),
+    )
+    frozen = rng.randrange(len(pool.groups)) if rng.random() < 0.3 else 0
+    hours = (case.peace_at - START) / 3600.0
+    schedule = fault_kinds.schedule(
+        rng,
+        START + 60.0,
+        hours,
+        10 ** rng.uniform(0.3, 1.6),
+        {k: kind.weight for k, kind in TRAINER_KINDS.items()},
+        TRAINER_KINDS,
+    )
+    return replace(
+        case,
+        plan=_with_frozen(case.plan, pool, frozen),
+        faults=tuple(sorted((*case.faults, *schedule), key=lambda f: f.at)),
+        clients=clients,
+    )
+
+
+def _with_frozen(plan: FleetPlan, pool: PoolPlan, count: int) -> FleetPlan:
+    """Return the plan with the last groups of `pool` in a pool of their own, which no trainer pushes into."""
+    if not count:
+        return replace(plan, pools=(pool,))
+    trained, rest = pool.groups[:-count], pool.groups[-count:]
+    reward = replace(
+        plan.pools[0],
+        name="reward",
+        groups=tuple(replace(g, id=f"reward/{n}", pool="reward") for n, g in enumerate(rest)),
+        min_ready=min(pool.min_ready, len(rest)),
+    )
+    return replace(plan, pools=(replace(pool, groups=trained, min_ready=min(pool.min_ready, len(trained))), reward))
 
 
 def some_plan(rng: random.Random) -> FleetPlan:

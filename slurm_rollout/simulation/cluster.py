@@ -63,6 +63,8 @@ class Cluster:
         self.on_change: Callable[[Incarnation], None] = lambda incarnation: None
         self.on_engine_start: Callable[[Engine], None] = lambda engine: None
         self.on_launch: Callable[[Step], None] = lambda step: None
+        self.on_listening: Callable[[Step, int], None] = lambda step, rank: None
+        self.on_disturbed_sleep: Callable[[Incarnation, bool], None] = lambda incarnation, local: None
         self.note: Callable[..., None] = lambda *words: None
         self._groups = {g.id: g for g in plan.groups}
         self._pools = {g.id: p for p in plan.pools for g in p.groups}
@@ -225,6 +227,7 @@ class Cluster:
         self.changed(step.incarnation)
         if engine.member.entrypoint and step.agent == "serving":
             self.say(step, report="listening", rank=engine.member.rank, port=engine.member.ports["http"], address="")
+            self.on_listening(step, engine.member.rank)
 
     def usr1(self, step: Step) -> None:
         """Stop."""
@@ -382,6 +385,9 @@ class Cluster:
         engine = incarnation.engines.get(rank)
         if engine is None or not engine.alive or not engine.listens:
             return "refused"
+        if incarnation.asleep:
+            self.on_disturbed_sleep(incarnation, local)
+            return "late"
         if engine.frozen or engine.killed:
             return "late"
         if now < incarnation.refuses_until:
@@ -396,6 +402,8 @@ class Cluster:
         engine = incarnation.engines.get(rank)
         if engine is None or not engine.alive or not engine.listens or engine.frozen or engine.killed:
             return None
+        if incarnation.asleep:
+            return incarnation.slept_at
         return now if incarnation.works else incarnation.changed_at
 
     def unreachable(self, node: str) -> bool:
@@ -407,11 +415,21 @@ class Cluster:
         now = self.time.now
         return (
             incarnation.works
+            and not incarnation.asleep
             and now >= incarnation.busy_until
             and now >= incarnation.refuses_until
             and now >= self.batch_host_cut_until
             and not any(self.unreachable(n) for n in incarnation.steps)
         )
+
+    def sleeps(self, incarnation: Incarnation, *, asleep: bool) -> None:
+        """The trainer puts its engines to sleep, or wakes them up."""
+        incarnation.asleep = asleep
+        if asleep:
+            incarnation.slept_at = self.time.now
+        else:
+            incarnation.woke_at = self.time.now
+        self.on_change(incarnation)
 
     # ------------------------------------------------------------------------------------------------------------ Slurm
 

@@ -1,7 +1,8 @@
 """`coordinator.Coordinator` on virtual time: observe, decide, write, act, in the same order, around the same rules.
 
 What is real: `decide`, the barrier's rules, the journal's round trip through JSON, `store.load_state`, the store's
-lease, `steps.Steps` (what is kept of a step, what a report means), `health.fold`. Made up: processes, HTTP, time.
+lease, `steps.Steps` (what is kept of a step, what a report means), `clients.Clients`, `health.fold`. Made up:
+processes, HTTP, time.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Protocol
 
 from slurm_rollout import proc
 from slurm_rollout.backend import StepRef
+from slurm_rollout.clients import Clients
 from slurm_rollout.coordinator import FAST_S, QUERY_PAUSE_S, SLOW_S
 from slurm_rollout.core import codec
 from slurm_rollout.core.decide import decide, is_over
 from slurm_rollout.core.model import (
     Action,
     Cancel,
+    ClientWords,
     Decision,
     Event,
     Go,
@@ -38,7 +41,7 @@ from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import LeaseLost
 from slurm_rollout.journal import Journal
 from slurm_rollout.probes import Key as ProbeKey
-from slurm_rollout.simulation.clock import WALL, Timeline
+from slurm_rollout.simulation.clock import WALL, Chance, Timeline
 from slurm_rollout.simulation.cluster import Cluster
 from slurm_rollout.simulation.files import SharedFiles, SimStore
 from slurm_rollout.simulation.known_steps import SimSteps
@@ -92,6 +95,7 @@ class Coordinator:
         term: Term,
         watch: Watch,
         over: Callable[[Coordinator, str], None],
+        chance: Chance,
     ) -> None:
         self.plan = plan
         self.term = term
@@ -108,6 +112,7 @@ class Coordinator:
         self._time = time
         self._watch = watch
         self._over = over
+        self._chance = chance
         self._store = SimStore(files, term.number, plan.heartbeat_s, self._pass)
         found = self._load()
         self.journal = Journal(plan, self._store)
@@ -122,6 +127,9 @@ class Coordinator:
         self._job = Job.UNKNOWN
         self._job_asked_at: float | None = None
         self._heeded: set[str] = set()
+        self._clients = Clients(files.run, job=term.job, restart_count=term.restart_count)
+        self._words: tuple[ClientWords, ...] = ()
+        self._words_read = -1  # of how many changes to clients' files
         self._audit_at = time.now + plan.audit_s
         self._due: float | None = None
         self._degraded_at = found.started_at + plan.degraded_timeout_s
@@ -183,6 +191,10 @@ class Coordinator:
         fresh = any(g.phase in CHANGING and now - g.since < 10.0 for g in self.state.groups)
         self.poke(now + (FAST_S if fresh or not step.srun_lives else SLOW_S / 2))
 
+    def on_words(self) -> None:
+        """A client's file is another one than before."""
+        self.poke(self._time.now + self._chance.between(0.0, SLOW_S, "words", self._files.clients.changes))
+
     def _probed(self) -> None:
         self.poke(self._time.now + 0.001)
 
@@ -204,7 +216,7 @@ class Coordinator:
         self.paused = True
         if not self.superseded:
             self._files.silence()
-        self.probing.pause()
+        self.probing.stop()
         self._time.after(for_s, self._resume)
 
     def _resume(self) -> None:
@@ -212,7 +224,7 @@ class Coordinator:
             return
         self.paused = False
         self.resumed_at = self.journal.due_at = self._time.now
-        self.probing.resume()
+        self.probing.go_on()
         self.poke(self._time.now)
 
     def _pass(self, point: str) -> None:
@@ -287,6 +299,7 @@ class Coordinator:
         self._pass("acted")
         if decision.state.groups != before.groups:
             self.steps.keep(self.state)
+        self.probing.pause({g.id for g in self.plan.groups if g.pool in self.state.paused})
         self.probing.set_targets(self._targets())
         self._find_out(decision, obs)
         if is_over(self.state):
@@ -317,6 +330,9 @@ class Coordinator:
         self.poke(min(dues))
 
     def _observe(self, requests: list[Request]) -> Observation:
+        if self._words_read != self._files.clients.changes:
+            self._words_read = self._files.clients.changes
+            self._words = self._clients.read({c.id: c.acks for c in self.state.clients})
         groups = []
         for g in self.state.groups:
             ports = None
@@ -330,6 +346,7 @@ class Coordinator:
                     steps=self.steps.observe(g.id, g.incarnation),
                     endpoints=self.probing.endpoints(g.id, g.incarnation),
                     ports_open=ports,
+                    probes_paused=self.probing.is_quiet(g.id),
                 )
             )
         now = self._time.now
@@ -342,6 +359,7 @@ class Coordinator:
             job=self._job,
             job_asked_at=self._job_asked_at,
             requests=tuple(requests),
+            clients=self._words,
             stop_signal=self.stop_signal,
         )
 

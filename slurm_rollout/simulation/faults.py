@@ -45,20 +45,28 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {}
+"""What happens to fleets; what happens to their trainers is in `trainer_faults`."""
 
 
-def kind(weight: float, least_s: float = 0.0, most_s: float = 0.0) -> Callable[..., Callable[[Fleet, Fault], None]]:
+def kind(
+    weight: float, least_s: float = 0.0, most_s: float = 0.0, *, among: dict[str, Kind] = KINDS
+) -> Callable[..., Callable[[Fleet, Fault], None]]:
     """Register a kind of fault under the function's name."""
 
     def register(do: Callable[[Fleet, Fault], None]) -> Callable[[Fleet, Fault], None]:
-        KINDS[do.__name__] = Kind(do, weight, least_s, most_s)
+        among[do.__name__] = Kind(do, weight, least_s, most_s)
         return do
 
     return register
 
 
 def schedule(
-    rng: random.Random, begins_at: float, hours: float, per_hour: float, kinds: dict[str, float]
+    rng: random.Random,
+    begins_at: float,
+    hours: float,
+    per_hour: float,
+    kinds: dict[str, float],
+    among: dict[str, Kind] = KINDS,
 ) -> list[Fault]:
     """Draw faults as they come: singly, and in bursts that hit a recovery in its middle."""
     names, weights = list(kinds), list(kinds.values())
@@ -69,7 +77,7 @@ def schedule(
         if at >= begins_at + hours * 3600.0:
             return found
         name = rng.choices(names, weights)[0]
-        known = KINDS[name]
+        known = among[name]
         for_s = known.least_s * (known.most_s / known.least_s) ** rng.random() if known.least_s else 0.0
         found.append(Fault(round(at, 3), name, rng.randrange(1000) / 1000, rng.randrange(1000) / 1000, round(for_s, 3)))
 

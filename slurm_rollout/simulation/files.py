@@ -17,6 +17,7 @@ from typing import Any
 from slurm_rollout.core.model import Decision, Event, Observation, Request, RunState
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.simulation.clock import Chance, Timeline
+from slurm_rollout.simulation.words import ClientFiles
 from slurm_rollout.store import Store
 
 
@@ -40,6 +41,7 @@ class SharedFiles:
 
     def __init__(self, run: RunDir, time: Timeline, chance: Chance) -> None:
         self.run = run
+        self.clients = ClientFiles(run, time, chance)
         self._time = time
         self._chance = chance
         self.state: RunState | None = None

@@ -10,19 +10,24 @@ from slurm_rollout.barrier import Barrier, BarrierError, CoordinatorLost, FleetF
 from slurm_rollout.core.bounds import recovery_bound
 from slurm_rollout.core.model import Action, Decision, Observation, RunState
 from slurm_rollout.core.phases import Phase, PoolPhase
+from slurm_rollout.core.pools import serves
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.simulation import faults as fault_kinds
+from slurm_rollout.simulation.broken import Broken
 from slurm_rollout.simulation.case import START, Case
 from slurm_rollout.simulation.clock import Chance, Timeline
 from slurm_rollout.simulation.cluster import Cluster
 from slurm_rollout.simulation.coordinator import Coordinator, Term
 from slurm_rollout.simulation.faults import Fault
 from slurm_rollout.simulation.files import SharedFiles
-from slurm_rollout.simulation.invariants import Broken, Checker
+from slurm_rollout.simulation.invariants import Checker
 from slurm_rollout.simulation.parts import Engine, Incarnation, Step
 from slurm_rollout.simulation.probing import LocalProbing
+from slurm_rollout.simulation.trainer import Client
+from slurm_rollout.simulation.trainer_faults import KINDS
 
 COORDINATOR_STARTS_S = 0.3
+CLIENTS_START_S = (1.0, 10.0)
 TRAINER_AFTER_FAILURE_S = 60.0
 NEXT_UP_S = 30.0
 TRAINER_LOOKS_S = 8.0  # after a fault: long enough for a coordinator that is well to have seen a crash
@@ -41,8 +46,9 @@ class Fleet:
         self.chance = Chance(case.seed)
         self.cluster = Cluster(self.plan, self.time, self.chance, self._load_s)
         self.files = SharedFiles(RunDir(folder), self.time, self.chance)
-        self.checker = Checker(self.plan, self.cluster, self.files, self.time)
-        self.local = LocalProbing(self.plan, self.cluster, self.time)
+        self.clients = [Client(self, habits) for habits in case.clients]
+        self.checker = Checker(self.plan, self.cluster, self.files, self.time, self.clients)
+        self.local = LocalProbing(self.plan, self.cluster, self.time, self.chance, self._lateness_s)
         self.coordinator: Coordinator | None = None
         self.slow_starts: dict[str, float] = {}
         self.trace: deque[tuple[float, tuple[object, ...]]] = deque(maxlen=TRACE_LINES)
@@ -56,7 +62,7 @@ class Fleet:
         self._serving: dict[str, int] = {}  # group -> incarnation, by the barrier
         self._ready_since: dict[str, float] = {}
         self._first_term = 1
-        self._restart_count = 0
+        self.restart_count = 0
         self._crashes: list[float] = []
         self._failed_at: float | None = None
         self._ended = False  # no other `up` follows
@@ -64,6 +70,12 @@ class Fleet:
         self._up_over = False
         self._trainer = self._new_trainer()
         self._reader_epoch = (0, 0, 0)
+        self._groups_shown: list[dict[str, Any]] = []
+        self._ups = 0
+        self.files.clients.on_words = self._on_words
+        self.files.clients.on_acks = self._on_acks
+        self.cluster.on_listening = self.local.listens
+        self.cluster.on_disturbed_sleep = self.checker.trainer.asked_asleep
         self.cluster.on_step = self._on_step
         self.cluster.on_change = self._on_change
         self.cluster.on_launch = self._on_launch
@@ -104,6 +116,20 @@ class Fleet:
     def counts_progress(self, incarnation: Incarnation) -> bool:
         return self.plan.pool(incarnation.plan.pool).probe.counter is not None
 
+    def _on_words(self, client: str, words: dict[str, Any]) -> None:
+        self.note("words of", client, words)
+        self.checker.trainer.words_visible(client, words)
+        if self.coordinator is not None:
+            self.coordinator.on_words()
+
+    def _on_acks(self, client: str, newest: int) -> None:
+        self.checker.trainer.acks_visible(client, newest)
+        if self.coordinator is not None:
+            self.coordinator.on_words()
+
+    def _lateness_s(self) -> float | None:
+        return None if self.time.now < self.files.errors_until else self.files.delay_s
+
     # ----------------------------------------------------------------------------------------------------- who looks on
 
     def decided(self, before: RunState, obs: Observation, decision: Decision) -> None:
@@ -141,7 +167,12 @@ class Fleet:
         self._serving = {g["id"]: g["incarnation"] for g in document["groups"] if g["serving"]}
         for group in self.plan.groups:
             self._note_use(group.id)
-        self.time.after(self.chance.between(0.05, 5.0, "poll", len(self.files.versions), now), self._poll)
+        self.local.barrier_says(document["pools"])
+        for client in self.clients:
+            client.barrier_changed()
+        if not self.clients or document["groups"] != self._groups_shown:  # words that are heard are nothing to a reader
+            self._groups_shown = document["groups"]
+            self.time.after(self.chance.between(0.05, 5.0, "poll", len(self.files.versions), now), self._poll)
         if document["phase"] == PoolPhase.FAILED and self._failed_at is None:
             self._failed_at = now
             self._ended |= self.case.stops
@@ -161,16 +192,18 @@ class Fleet:
         if self.cluster.job_ending or self._ended:
             return
         self.terms += 1
+        if self.terms == self._first_term:
+            self._begin_up()
         term = Term(
             job="1",
-            restart_count=self._restart_count,
+            restart_count=self.restart_count,
             number=self.terms,
             first=self._first_term,
             drain=self._failed_at is not None and self.time.now - self._failed_at >= TRAINER_AFTER_FAILURE_S,
         )
         self.note("coordinator of term", term.number)
         self.unwell_at = self.time.now
-        made = Coordinator(self.plan, self.cluster, self.files, self.time, term, self, self._on_end)
+        made = Coordinator(self.plan, self.cluster, self.files, self.time, term, self, self._on_end, self.chance)
         self.coordinator = made
         self.time.after(TRAINER_LOOKS_S, self._poll)
         try:
@@ -178,6 +211,27 @@ class Fleet:
         except OSError:
             made.die()
             self._on_end(made, "killed")
+
+    def _begin_up(self) -> None:
+        """As `store.prepare`; and trainers are the children of their `up`, so they end with it."""
+        self._ups += 1
+        for client in self.clients:
+            client.forget_up()
+        self.files.clients.forget()
+        self.checker.trainer.new_up()
+        for client in self.clients:
+            after_s = self.chance.between(*CLIENTS_START_S, "client", client.habits.name, self._ups)
+            self.start_client(client, after_s)
+
+    def start_client(self, client: Client, after_s: float) -> None:
+        """Have it start, unless its `up` is over by then."""
+        up = self._ups
+
+        def start() -> None:
+            if up == self._ups and not self._up_over and not self.cluster.job_ending:
+                client.start()
+
+        self.time.after(after_s, start)
 
     def _on_end(self, coordinator: Coordinator, how: str) -> None:
         self.note("coordinator of term", coordinator.term.number, how)
@@ -197,6 +251,8 @@ class Fleet:
 
     def _up_ends(self, how: str) -> None:
         """The run is drained, or `up` gave up waiting; what is left is killed."""
+        for client in self.clients:
+            client.kill()
         left = [s for s in self.cluster.steps if s.goes_on and not self.cluster.unreachable(s.key.node)]
         if how == "drained" and any(s.term == self.checker.lease for s in left):
             raise Broken(6, f"drained, and {left[0].name} lives")
@@ -252,6 +308,8 @@ class Fleet:
         if self.cluster.job_ending:
             return
         self.cluster.end_job()
+        for client in self.clients:
+            client.kill()
         if requeue:
             self.time.after(90.0, self._requeue)
 
@@ -260,7 +318,7 @@ class Fleet:
             self.coordinator.die()
             self.coordinator = None
         self.unwell_at = self.time.now
-        self._restart_count += 1
+        self.restart_count += 1
         self._first_term = self.terms + 1
         self._failed_at, self._up_over = None, False
         self.cluster.empty()
@@ -283,13 +341,16 @@ class Fleet:
     def see_files_soon(self) -> None:
         self.files.delay_s = 0.5
 
+    def see_words_soon(self) -> None:
+        self.files.clients.delay_s = 0.5
+
     # ---------------------------------------------------------------------------------------------------------- trainer
 
     def _new_trainer(self) -> Barrier:
         return Barrier(
             self.files.run.barrier,
             job="1",
-            restart_count=self._restart_count,
+            restart_count=self.restart_count,
             clock=lambda: self.time.now,
             sleep=lambda s: None,
             read=self.files.read,
@@ -299,6 +360,8 @@ class Fleet:
         """The trainer looks, and uses what it is offered."""
         self._note_health()
         now = self.time.now
+        if self.coordinator is not None:
+            self.checker.trainer.look(self.coordinator.state, self.unwell_at)
         try:
             state = self._trainer.wait_ready(timeout=0.0)
         except FleetFailed:
@@ -353,7 +416,7 @@ class Fleet:
         if not self.peace:
             self.note("FAULT", fault)
             self._note_health()
-            fault_kinds.KINDS[fault.kind].do(self, fault)
+            KINDS[fault.kind].do(self, fault)
             self.time.after(TRAINER_LOOKS_S, self._poll)
 
     def _make_peace(self) -> None:
@@ -373,6 +436,11 @@ class Fleet:
         for step in cluster.steps:
             cluster.relink(step)
         cluster.let_die()
+        self.files.clients.delay_s, self.files.clients.half_until = 0.5, 0.0
+        for client in self.clients:
+            client.behave()
+            if not client.alive:
+                self.start_client(client, 1.0)
         if self.coordinator is not None:
             self.coordinator.kill_at, self.coordinator.stall_s = None, 0.0
         self.unwell_at = now
@@ -411,7 +479,13 @@ class Fleet:
         return mine is not None and not mine.paused and not mine.state.ending and self._failed_at is None
 
     def _patience_s(self) -> float:
-        return max(self._bound_s(p.name) for p in self.plan.pools)
+        patience_s = max(self._bound_s(p.name) for p in self.plan.pools)
+        if self.clients:
+            # A group may have to wait for the trainer's next `syncing`; one that hangs is asked perhaps once a cycle.
+            failures = max(p.probe.liveness_failure_threshold for p in self.plan.pools)
+            patience_s += (failures + 3) * max(c.habits.cycle_s for c in self.clients)
+            patience_s += 2 * max((p.probe.pause_max_s for p in self.plan.pools if p.probe.pause_in), default=0.0)
+        return patience_s
 
     def _bound_s(self, pool: str) -> float:
         planned = self.plan.pool(pool)
@@ -432,7 +506,14 @@ class Fleet:
         mine = self.coordinator
         if mine is None:
             return False
-        return all(g.phase is Phase.READY or self._is_hopeless(g.id) for g in mine.state.groups)
+        run, hopeless = mine.state, [g.id for g in mine.state.groups if self._is_hopeless(g.id)]
+        for pool in self.plan.pools:
+            for g in (run.group(planned.id) for planned in pool.groups):
+                # A trainer that waits for a pool that cannot come gets no farther.
+                waits = hopeless and (pool.restart.when == "at_barrier" or g.phase is Phase.READY)
+                if not (waits or g.id in hopeless or serves(pool, run, g)):
+                    return False
+        return True
 
     def _end(self) -> None:
         """The run, or the job, ends: nothing is left, nothing is charged."""
@@ -442,7 +523,7 @@ class Fleet:
         lives = not self.case.job_ends or any(s.srun_lives for s in self.cluster.steps)
         if self.case.job_ends:
             self.note("the job ends")
-            self.cluster.end_job()
+            self.end_job(requeue=False)
         else:
             mine.stop_signal = True
             mine.poke(self.time.now)

@@ -6,6 +6,7 @@ process, a URL of a dead incarnation, a restart of an engine that was well, a bu
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,25 +26,20 @@ from slurm_rollout.core.model import (
 )
 from slurm_rollout.core.phases import ALIVE, Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import FleetPlan, PoolPlan
+from slurm_rollout.simulation.broken import Broken
 from slurm_rollout.simulation.clock import Timeline
 from slurm_rollout.simulation.cluster import Cluster
 from slurm_rollout.simulation.parts import Engine, Step
+from slurm_rollout.simulation.trainer_invariants import TrainerChecker
 
 if TYPE_CHECKING:
     from slurm_rollout.simulation.coordinator import Coordinator
     from slurm_rollout.simulation.files import SharedFiles
+    from slurm_rollout.simulation.trainer import Client
 
 HANGS = frozenset({Reason.NOT_ANSWERING, Reason.ANSWERS_ERROR})
 UNCHARGED = frozenset({Reason.TAKEOVER, Reason.LAUNCH_FAILED})
 MARGIN_S = 3.0
-
-
-class Broken(AssertionError):
-    """An invariant of the design does not hold; `number` is its number there, 0: a healthy engine was ended."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(f"invariant {number}: {message}")
-        self.number = number
 
 
 @dataclass(slots=True)
@@ -56,11 +52,23 @@ class Ledger:
     at_job_end: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
+_Sets = tuple[tuple[tuple[str, int], ...], tuple[tuple[str, int], ...]]
+"""(group, incarnation) of those that are alive, and of those that serve."""
+
+
+def _sets(groups: Iterable[tuple[str, int, bool, bool]]) -> _Sets:
+    known = tuple(groups)
+    return tuple((g, n) for g, n, alive, _ in known if alive), tuple((g, n) for g, n, _, serves in known if serves)
+
+
 class Checker:
     """Looks on at every step of one run."""
 
-    def __init__(self, plan: FleetPlan, cluster: Cluster, files: SharedFiles, time: Timeline) -> None:
+    def __init__(
+        self, plan: FleetPlan, cluster: Cluster, files: SharedFiles, time: Timeline, clients: Sequence[Client]
+    ) -> None:
         self.plan = plan
+        self.trainer = TrainerChecker(plan, files, time, clients)
         self.cluster = cluster
         self.files = files
         self.time = time
@@ -71,7 +79,8 @@ class Checker:
         self.spent: dict[str, tuple[int, int]] = {}
         self._policies: dict[str, PoolPlan] = {g.id: p for p in plan.pools for g in p.groups}
         self._ledgers = {g.id: Ledger() for g in plan.groups}
-        self._served: dict[int, tuple[tuple[str, int], ...]] = {0: ()}
+        self._stood_for: dict[int, _Sets] = {0: ((), ())}
+        self._changed: dict[str, tuple[int, int]] = {}  # group -> incarnation that is alive or 0, since which epoch
         self._launched: set[tuple[str, int, str]] = set()
         self._sights: dict[str, float] = {}
         self._bounds = {p.name: recovery_bound(plan, p) for p in plan.pools}
@@ -97,6 +106,7 @@ class Checker:
                 raise Broken(2, f"{step.name} is launched while {other.name} lives")
         if key.sweep:
             return
+        self.trainer.launched(step)
         for member in self.plan.group(key.group).members:
             node = self.cluster.nodes[member.node]
             for engine in node.engines:
@@ -113,6 +123,8 @@ class Checker:
     def engine_starts(self, engine: Engine) -> None:
         """1 and 2: only one incarnation has engines, and they start after every node was fenced."""
         mine = engine.incarnation
+        if (step := mine.steps.get(engine.member.node)) is not None and step.term == self.lease:
+            self.trainer.engine_starts(step)
         unfenced = [n for n in mine.plan.nodes if mine.steps.get(n) is None or not mine.steps[n].was_fenced]
         if unfenced:
             raise Broken(2, f"{mine.id} rank {engine.member.rank} starts, but {unfenced} are not fenced")
@@ -135,8 +147,9 @@ class Checker:
         after = decision.state
         if after.epoch < before.epoch or after.term != before.term:
             raise Broken(4, f"epoch {before.epoch} -> {after.epoch}, term {before.term} -> {after.term}")
-        if (after.epoch != before.epoch) is not (after.serving != before.serving):
-            raise Broken(4, f"epoch {before.epoch} -> {after.epoch} while {before.serving} -> {after.serving}")
+        sets = (before.alive, before.serving), (after.alive, after.serving)
+        if (after.epoch != before.epoch) is not (sets[0] != sets[1]):
+            raise Broken(4, f"epoch {before.epoch} -> {after.epoch} while {sets[0]} -> {sets[1]}")
         if decision.wake_at is not None and decision.wake_at < obs.now:  # a rounding error is no spin
             raise Broken(10, f"asks to be woken at {decision.wake_at:.3f}, and it is {obs.now:.3f}")
         for action in decision.actions:
@@ -146,9 +159,11 @@ class Checker:
                 seen = obs.group(action.group)
                 if seen is None or seen.ports_open is None:
                     raise Broken(7, f"{action.group} is launched, and nobody looked at its ports")
+        self.trainer.decided(before, obs, decision)
 
     def committed(self, before: RunState, obs: Observation, decision: Decision) -> None:
         """It is written down, so it is so."""
+        self.trainer.committed(before, obs, decision)
         for old, new in zip(before.groups, decision.state.groups, strict=True):
             if old.phase is not new.phase and new.phase in (Phase.FAILED, Phase.STOPPED):
                 self._rests(new)
@@ -186,7 +201,7 @@ class Checker:
                 if ledger.pending is not None:
                     self._charge(ledger)
                 self.failures[event.reason] = self.failures.get(event.reason, 0) + 1
-                self._justify(old, event, obs)
+                self._justify(old, event)
                 booked = now in new.runtime_failures or now in new.start_failures
                 charged = new.charge is not None or new.goes_to is Phase.FAILED or booked
                 kind = "start" if new.failure.startup else "runtime"
@@ -243,7 +258,7 @@ class Checker:
             if now - ended_at > MARGIN_S and g.marks.seen_at is not None and g.marks.seen_at >= ended_at:
                 raise Broken(8, f"{g.id} is launched although the job ends")
 
-    def _justify(self, old: GroupState, event: Event, obs: Observation) -> None:
+    def _justify(self, old: GroupState, event: Event) -> None:
         """0: an engine that was well may not be ended by a verdict of ours."""
         reason = Reason(event.reason)
         truth = self.cluster.incarnations.get((old.id, old.incarnation))
@@ -259,7 +274,9 @@ class Checker:
         span_s = self._bounds[self._policies[old.id].name].detect_s + probe.liveness_timeout_s + MARGIN_S
         hurt = max(truth.hurt_at.values(), default=0.0)
         if reason in HANGS:
+            self.trainer.convicts(truth)
             broken = not truth.works or self.time.now - truth.changed_at < span_s
+            broken |= truth.asleep or self.time.now - truth.woke_at < span_s
             node = any(self._is_away(n) or self.time.now - self.cluster.nodes[n].back_at < span_s for n in truth.steps)
             refuses = truth.refuses_until > self.time.now - span_s
             if not (broken or node or refuses):
@@ -278,24 +295,39 @@ class Checker:
         """3, 4 and 9: what the file says is proved, and numbers only grow."""
         if document["term"] != self.lease:
             raise Broken(4, f"term {document['term']} writes, and term {self.lease} has taken over")
-        epoch, serving = int(document["epoch"]), []
+        epoch = int(document["epoch"])
         for group in document["groups"]:
-            if not group["urls"] and not group["serving"]:
-                continue
-            serving.append((group["id"], group["incarnation"]))
-            self._is_proved(group)
+            if group["urls"] or group["serving"]:
+                self._is_proved(group)
+            if group["serving"] and not group["urls"]:
+                raise Broken(3, f"{group['id']} serves, and has no URL")
+            self._has_changed(group, epoch)
         if epoch < self.epoch:
             raise Broken(4, f"epoch {self.epoch} -> {epoch} in the file")
-        known = self._served.setdefault(epoch, tuple(serving))
-        if known != tuple(serving):
-            raise Broken(4, f"epoch {epoch} stood for {known}, and now for {serving}")
+        sets = _sets((g["id"], g["incarnation"], bool(g["urls"]), g["serving"]) for g in document["groups"])
+        known = self._stood_for.setdefault(epoch, sets)
+        if known != sets:
+            raise Broken(4, f"epoch {epoch} stood for {known}, and now for {sets}")
         self.epoch = epoch
+        self.trainer.wrote(document)
         for pool in self.plan.pools:
             possible = sum(
                 g["phase"] != Phase.FAILED for g in document["groups"] if g["id"].startswith(pool.name + "/")
             )
             if possible < pool.min_ready and document["phase"] != PoolPhase.FAILED:
                 raise Broken(9, f"{pool.name} cannot come back, and the barrier says {document['phase']}")
+
+    def _has_changed(self, group: dict[str, Any], epoch: int) -> None:
+        """4: `changed` is the epoch in which an incarnation last came or went."""
+        alive, changed = group["incarnation"] if group["urls"] else 0, group["changed"]
+        was, since = self._changed.get(group["id"], (0, 0))
+        if not (self.epoch < changed <= epoch if alive != was else changed == since):
+            raise Broken(
+                4,
+                f"{group['id']}: incarnation {was or 'none'} in epoch {self.epoch}, {alive or 'none'} in {epoch}, "
+                f"and its `changed` goes from {since} to {changed}",
+            )
+        self._changed[group["id"]] = alive, changed
 
     def _is_proved(self, group: dict[str, Any]) -> None:
         truth = self.cluster.incarnations.get((group["id"], group["incarnation"]))
@@ -323,6 +355,7 @@ class Checker:
         """4 and 11: a takeover goes on."""
         if state.epoch < found.epoch or state.term <= found.term:
             raise Broken(4, f"takeover: epoch {found.epoch} -> {state.epoch}, term {found.term} -> {state.term}")
+        self.trainer.took_over(found, state, another_up=another_up)
         for g in found.groups:
             after = state.group(g.id)
             if after.incarnation < g.incarnation:
@@ -336,10 +369,11 @@ class Checker:
 
     def offered(self, groups: tuple[Any, ...], epoch: int, well_s: float, delay_s: float) -> None:
         """3, from the trainer's side: what it is offered was proved, and is not long dead."""
-        serving = tuple((g.id, g.incarnation) for g in groups if g.serving)
-        known = self._served.get(epoch)
-        if known is not None and known != serving:
-            raise Broken(4, f"a reader sees epoch {epoch} with {serving}; it stands for {known}")
+        sets = _sets((g.id, g.incarnation, bool(g.urls), g.serving) for g in groups)
+        known = self._stood_for.get(epoch)
+        if known is not None and known != sets:
+            raise Broken(4, f"a reader sees epoch {epoch} with {sets}; it stands for {known}")
+        self.trainer.offered(groups)
         for group in groups:
             if not group.serving:
                 continue
@@ -352,7 +386,7 @@ class Checker:
             ends = [s.ended_at for s in truth.steps.values() if s.ended_at is not None]
             if ends and self.time.now - min(ends) > bound.crash_detect_s + delay_s + MARGIN_S < well_s:
                 raise Broken(3, f"{group.id} incarnation {group.incarnation} is offered, and its srun has ended")
-            if min(well_s, self.time.now - truth.changed_at) > limit_s:
+            if min(well_s, self.trainer.probed_s(group.id), self.time.now - truth.changed_at) > limit_s:
                 raise Broken(
                     3,
                     f"{group.id} incarnation {group.incarnation} is offered, and is dead for "

@@ -57,7 +57,7 @@ class SimSteps(Steps):
         self._look(step)
 
     def _look(self, step: _Step) -> bool:
-        held = self._truth[step.key]
+        held = self._held(step.key)
         changed = len(held.reports) > step.offset
         if step.process is Process.RUNNING and not held.srun_lives:
             step.process, step.exited_at, step.exit_code = Process.EXITED, self._time.now, held.code
@@ -72,7 +72,7 @@ class SimSteps(Steps):
     def read(self) -> bool:
         changed = False
         for step in self._steps.values():
-            held = self._truth[step.key]
+            held = self._held(step.key)
             if len(held.reports) > step.offset or (step.process is Process.RUNNING and not held.srun_lives):
                 changed |= self._look(step)
         return changed
@@ -101,7 +101,13 @@ class SimSteps(Steps):
             self._seen.clear()
 
     def held(self, action: Go | Snapshot | Stop | Cancel) -> list[Step]:
-        return [self._truth[s.key] for s in self._of(action)]
+        return [self._held(s.key) for s in self._of(action)]
+
+    def _held(self, key: Key) -> Step:
+        """Return what is behind a step: one that was intended only may be launched late, by the last coordinator."""
+        if not self._truth[key].pid:
+            self._truth[key] = self._cluster.past(key)
+        return self._truth[key]
 
     def signal(self, action: Go | Snapshot | Stop) -> None:
         for step in self._of(action):

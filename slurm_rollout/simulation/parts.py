@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from slurm_rollout.core.plan import GroupPlan, Member
 from slurm_rollout.steps import Key
+
+
+class Weights(NamedTuple):
+    """What a trainer calls a version; after it went back, the same number stands for other weights."""
+
+    version: int
+    line: int
 
 
 class Engine:
@@ -46,6 +53,12 @@ class Incarnation:
         self.refuses_until = 0.0
         self.proved: set[int] = set()  # ranks that answered a real request
         self.hurt_at: dict[str, float] = {}  # what was done to it, and when last
+        self.weights: Weights | None = None  # that are really in all of it; None: its own, or half of a push
+        self.pushed: set[Weights] = set()
+        self.unsettled = False  # something was pushed of which the trainer does not know yet that it is acknowledged
+        self.asleep = False  # nothing may be asked of it: older vLLM dies of that
+        self.slept_at = self.woke_at = float("-inf")
+        self.disowned = False  # who put it to sleep is gone with its `up`
 
     @property
     def id(self) -> tuple[str, int]:

@@ -6,15 +6,18 @@ something happens to it. That is what makes an hour of a healthy fleet cost noth
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from slurm_rollout.core.health import ProbeResult, fold
+from slurm_rollout.agent import PAUSE_LOOK_S
+from slurm_rollout.core.health import ProbeResult, fold, rested
 from slurm_rollout.core.model import Endpoint
 from slurm_rollout.core.plan import FleetPlan, ProbePolicy
 from slurm_rollout.probes import FIRST_PAUSE_S, Key
-from slurm_rollout.simulation.clock import Timeline
+from slurm_rollout.simulation.clock import Chance, Timeline
 from slurm_rollout.simulation.cluster import Answer, Cluster
 from slurm_rollout.simulation.parts import Incarnation, Step
 
@@ -35,6 +38,9 @@ class Probing:
         self._idle: set[Key] = set()
         self._asking: set[Key] = set()
         self._known: dict[str, tuple[int, dict[int, Endpoint]]] = {}
+        self._paused: Set[str] = frozenset()
+        self._resumed_at: dict[str, float] = {}
+        self._resting: set[Key] = set()
         self._stopped = False
 
     def set_targets(self, targets: dict[Key, str]) -> None:
@@ -61,6 +67,7 @@ class Probing:
         self._turns[key] = self._turns.get(key, 0) + 1
         self._idle.discard(key)
         self._asking.discard(key)
+        self._resting.discard(key)
 
     def endpoints(self, group: str, incarnation: int) -> tuple[Endpoint, ...]:
         known, ranks = self._known.get(group, (incarnation, {}))
@@ -76,14 +83,31 @@ class Probing:
         for key in sorted(self._idle):
             self._plan_liveness(key, self._time.now)
 
-    def pause(self) -> None:
+    def pause(self, groups: Set[str]) -> None:
+        """As `Prober.pause`."""
+        if groups == self._paused:
+            return
+        now, over = self._time.now, self._paused - groups
+        for group in groups ^ self._paused:
+            _, ranks = self._known.get(group, (0, {}))
+            ranks.update({rank: rested(endpoint) for rank, endpoint in ranks.items()})
+        self._resumed_at.update(dict.fromkeys(over, now))
+        self._paused = frozenset(groups)
+        for key in sorted(k for k in self._resting if k.group in over):
+            self._plan_liveness(key, now)
+
+    def is_quiet(self, group: str) -> bool:
+        """As `Prober.is_quiet`."""
+        return group in self._paused and not any(key.group == group for key in self._asking)
+
+    def stop(self) -> None:
         self._stopped = True
 
-    def resume(self) -> None:
+    def go_on(self) -> None:
         """The coordinator was stopped: what was under way says nothing, and a full period passes before the next."""
         self._stopped = False
         for key, mode in self._modes.items():
-            if key in self._idle:
+            if key in self._idle or key in self._resting:
                 continue
             if key in self._asking:
                 self._asking.discard(key)
@@ -98,10 +122,11 @@ class Probing:
         for key in list(self._modes):
             self._drop(key)
 
-    # ------------------------------------------------------------------------------------------------------------ turns
+    # ---------------------------------------------------------------------------------------------------------- turns
 
     def _plan_turn(self, key: Key, at: float, do: Callable[[], None]) -> None:
         self._idle.discard(key)
+        self._resting.discard(key)
         turn = self._turns[key] = self._turns.get(key, 0) + 1
 
         def take() -> None:
@@ -135,6 +160,13 @@ class Probing:
 
     def _is_alive(self, key: Key) -> None:
         policy, started_at = self._policies[key.group], self._time.now
+        if key.group in self._paused:
+            self._resting.add(key)
+            return
+        rested_until = self._resumed_at.get(key.group, -math.inf) + policy.liveness_period_s
+        if started_at < rested_until:
+            self._plan_liveness(key, rested_until)
+            return
         incarnation = self._incarnation(key)
         answer = self._cluster.answer(incarnation, key.rank)
         if answer == "late":
@@ -164,6 +196,8 @@ class Probing:
         if result.ok:
             self._incarnation(key).proved.add(key.rank)
         self._learn(key, result)
+        if key.group in self._paused:
+            self._wake()  # its end was waited for
         if key not in self._modes:
             return
         if result.ok and self._cluster.is_fine(self._incarnation(key)):
@@ -194,71 +228,165 @@ def _result(kind: str, answer: Answer, started_at: float, ended_at: float, **loo
     return replace(made, **looks) if looks else made  # type: ignore[arg-type]
 
 
-class LocalProbing:
-    """The agents' own probes, on their nodes: no network between, and only changes are reported."""
+@dataclass(slots=True, eq=False)
+class _Local:
+    """What one agent's probe of one entrypoint knows."""
 
-    def __init__(self, plan: FleetPlan, cluster: Cluster, time: Timeline) -> None:
+    step: Step
+    rank: int
+    turn: int = 0  # a newer one makes the older one void
+    busy: bool = False  # a turn is planned, or taken
+    asking: bool = False
+    failures: int = 0
+    counter: float | None = None
+    seen: int = 0  # how new the barrier file is that it saw last
+    paused: int = 0  # the pause of which that spoke; 0: none
+    rests: int = 0  # the pause in which it asks nothing
+
+
+@dataclass(slots=True)
+class _Pause:
+    """What the barrier file says of a pool's probes."""
+
+    changes: int = 0
+    number: int = 0  # of the pause; 0: none
+    locals: list[_Local] = field(default_factory=list)  # those that look at it
+
+
+class LocalProbing:
+    """The agents' own probes, on their nodes (`agent.LocalProbe`): no network between, and only changes are reported.
+
+    Each looks at the barrier file by itself, when it comes to it, and as late as its node shows it.
+    """
+
+    def __init__(
+        self, plan: FleetPlan, cluster: Cluster, time: Timeline, chance: Chance, lateness_s: Callable[[], float | None]
+    ) -> None:
+        """`lateness_s`: how late a reader may see the barrier file now; None: it cannot be read."""
         self._cluster = cluster
         self._time = time
+        self._chance = chance
+        self._lateness_s = lateness_s
         self._policies = {g.id: p.probe for p in plan.pools for g in p.groups}
-        self._busy: set[tuple[str, int, int]] = set()
-        self._failures: dict[tuple[str, int, int], tuple[int, float | None]] = {}
+        self._pauses = {p.name: _Pause() for p in plan.pools if p.probe.pause_in}
+        self._locals: dict[tuple[str, int, int], _Local] = {}
+        self._looks = 0
 
     def disturb(self, incarnation: Incarnation) -> None:
         if incarnation.worked_at is None:  # its probe begins when the engine listens
             return
         for member in incarnation.plan.entrypoints:
-            who = (*incarnation.id, member.rank)
-            if who in self._busy:
+            step = incarnation.steps.get(member.node)
+            if step is None:
                 continue
-            self._busy.add(who)
-            period_s = self._policies[incarnation.plan.id].liveness_period_s
-            turn_s = zlib.crc32(repr(("local", who)).encode()) / 2**32 * period_s
-            now = self._time.now
-            self._time.at(
-                now + (turn_s - now) % period_s,
-                lambda r=member.rank, w=who: self._ask(incarnation, r, w),  # type: ignore[misc]
-            )
+            local = self._local(step, member.rank)
+            if not local.busy and not local.rests:
+                period_s, now = self._policy(local).liveness_period_s, self._time.now
+                turn_s = zlib.crc32(repr(("local", (*incarnation.id, member.rank))).encode()) / 2**32 * period_s
+                self._plan_turn(local, now + (turn_s - now) % period_s)
 
-    def _ask(self, incarnation: Incarnation, rank: int, who: tuple[str, int, int]) -> None:
-        step = incarnation.steps.get(incarnation.plan.members[rank].node)
-        if step is None or step.agent != "serving":
-            self._busy.discard(who)
-            self._failures.pop(who, None)
-            return
-        policy, asked_at = self._policies[incarnation.plan.id], self._time.now
-        answer = self._cluster.answer(incarnation, rank, local=True)
-        wait_s = policy.liveness_timeout_s if answer == "late" else 0.0
-        if wait_s:
-            self._time.after(wait_s, lambda: self._count(incarnation, rank, who, asked_at, step))
-        else:
-            self._count(incarnation, rank, who, asked_at, step)
+    def _local(self, step: Step, rank: int) -> _Local:
+        return self._locals.setdefault((*step.incarnation.id, rank), _Local(step, rank))
 
-    def _count(
-        self, incarnation: Incarnation, rank: int, who: tuple[str, int, int], asked_at: float, step: Step
-    ) -> None:
-        if step.agent != "serving":
-            self._busy.discard(who)
-            self._failures.pop(who, None)
-            return
-        policy = self._policies[incarnation.plan.id]
-        failures, seen = self._failures.get(who, (0, None))
-        before = failures
-        if self._cluster.answer(incarnation, rank, local=True) == "ok":
-            failures, seen = 0, None
+    def _policy(self, local: _Local) -> ProbePolicy:
+        return self._policies[local.step.incarnation.plan.id]
+
+    def _plan_turn(self, local: _Local, at: float) -> None:
+        local.busy = True
+        local.turn += 1
+        turn = local.turn
+
+        def take() -> None:
+            if local.turn == turn and not self._ends(local):
+                self._ask(local)
+
+        self._time.at(at, take)
+
+    def _ends(self, local: _Local) -> bool:
+        if local.step.agent == "serving":
+            return False
+        local.busy = local.asking = False
+        self._locals.pop((*local.step.incarnation.id, local.rank), None)
+        return True
+
+    def _ask(self, local: _Local) -> None:
+        asked_at = self._time.now
+        if self._cluster.answer(local.step.incarnation, local.rank, local=True) == "late":
+            local.asking = True
+            self._time.after(self._policy(local).liveness_timeout_s, lambda: self._count(local, asked_at))
         else:
-            counter = self._cluster.counter(incarnation, rank, local=True) if policy.counter else None
-            moved = counter is not None and seen is not None and counter != seen
-            failures = 0 if moved else failures + 1
-            seen = counter if counter is not None else seen
-        self._failures[who] = failures, seen
+            self._count(local, asked_at)
+
+    def _count(self, local: _Local, asked_at: float) -> None:
+        local.asking = False
+        if self._ends(local):
+            return
+        policy, incarnation = self._policy(local), local.step.incarnation
+        before = local.failures
+        if self._cluster.answer(incarnation, local.rank, local=True) == "ok":
+            local.failures, local.counter = 0, None
+        else:
+            counter = self._cluster.counter(incarnation, local.rank, local=True) if policy.counter else None
+            moved = counter is not None and local.counter is not None and counter != local.counter
+            local.failures = 0 if moved else local.failures + 1
+            local.counter = counter if counter is not None else local.counter
         limit = policy.liveness_failure_threshold
-        if min(failures, limit) != min(before, limit):
-            self._cluster.say(step, report="local_probe", rank=rank, failures=min(failures, limit))
-        fine = incarnation.works and self._time.now >= max(incarnation.busy_until, incarnation.refuses_until)
-        if failures == 0 and fine:
-            self._busy.discard(who)
-            self._failures.pop(who, None)
+        if min(local.failures, limit) != min(before, limit):
+            self._cluster.say(local.step, report="local_probe", rank=local.rank, failures=min(local.failures, limit))
+        fine = (
+            incarnation.works
+            and not incarnation.asleep
+            and self._time.now >= max(incarnation.busy_until, incarnation.refuses_until)
+        )
+        if local.paused:
+            self._rest(local)
+        elif local.failures == 0 and fine:
+            local.busy, local.counter = False, None
+        else:
+            self._plan_turn(local, max(self._time.now, asked_at + policy.liveness_period_s))
+
+    # ---------------------------------------------------------------------------------------------------------- pauses
+
+    def listens(self, step: Step, rank: int) -> None:
+        """An entrypoint listens: its probe begins, with a look at the barrier file."""
+        if (pause := self._pauses.get(step.incarnation.plan.pool)) is not None:
+            pause.locals = [known for known in pause.locals if known.step.agent == "serving"]
+            pause.locals.append(local := self._local(step, rank))
+            self._look_later(local, pause.changes, pause.number, 0.0)
+
+    def barrier_says(self, pools: list[dict[str, Any]]) -> None:
+        """The barrier file was written."""
+        for pool in pools:
+            pause, number = self._pauses.get(pool["name"]), int(pool["pauses"]) if pool["probes"] == "paused" else 0
+            if pause is None or pause.number == number:
+                continue
+            pause.changes, pause.number = pause.changes + 1, number
+            for local in pause.locals:
+                if local.step.agent == "serving":
+                    self._look_later(local, pause.changes, number, PAUSE_LOOK_S)
+
+    def _look_later(self, local: _Local, change: int, number: int, pause_s: float) -> None:
+        self._looks += 1
+        late_s = self._lateness_s() or 0.0
+        after_s = self._chance.between(0.0, pause_s, "look", self._looks)
+        after_s += self._chance.between(0.0, 1.0, "late look", self._looks) ** 4 * late_s
+        self._time.after(after_s, lambda: self._look(local, change, number))
+
+    def _look(self, local: _Local, change: int, number: int) -> None:
+        if local.step.agent != "serving" or change < local.seen:
             return
-        again_at = max(self._time.now, asked_at + policy.liveness_period_s)
-        self._time.at(again_at, lambda: self._ask(incarnation, rank, who))
+        if self._lateness_s() is None or self._cluster.nodes[local.step.key.node].cut:
+            self._look_later(local, change, number, 5.0)  # its last word holds
+            return
+        local.seen, local.paused = change, number
+        if number and not local.asking and local.rests != number:
+            self._rest(local)
+        elif not number and local.rests:
+            local.rests = 0
+            self._cluster.say(local.step, report="probes", rank=local.rank, paused=False, pause=0)
+            self._plan_turn(local, self._time.now + self._policy(local).liveness_period_s)
+
+    def _rest(self, local: _Local) -> None:
+        local.turn += 1
+        local.counter, local.busy, local.rests = None, False, local.paused
+        self._cluster.say(local.step, report="probes", rank=local.rank, paused=True, pause=local.rests)

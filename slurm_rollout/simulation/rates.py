@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from slurm_rollout.core.plan import FleetPlan, PoolPlan
 from slurm_rollout.simulation.faults import Fault
 from slurm_rollout.simulation.run import START, Case, Outcome, run
+from slurm_rollout.simulation.trainer import ONLY_KEEPS_CURRENT
 
 SLURM_AWAY_S = 300.0
 
@@ -90,6 +91,8 @@ def forecast(
             faults=draw(plan, rates, hours, random.Random(f"{seed + n}"), spare_nodes),
             peace_at=START + hours * 3600.0,
             load_s=(0.9 * load_s, 1.1 * load_s),
+            # The trainer's own times are no part of it: it pushes at once, and lets groups start when they can.
+            clients=(ONLY_KEEPS_CURRENT,) if any(p.is_trained for p in plan.pools) else (),
             stops=True,
         )
         for n in range(fleets)

@@ -14,9 +14,9 @@ from slurm_rollout.core.model import Event
 from slurm_rollout.core.phases import IllegalTransition
 from slurm_rollout.core.view import event_line
 from slurm_rollout.errors import RolloutError
+from slurm_rollout.simulation.broken import Broken
 from slurm_rollout.simulation.case import START, Case, Outcome, make_case
 from slurm_rollout.simulation.fleet import Fleet
-from slurm_rollout.simulation.invariants import Broken
 
 __all__ = ["START", "Case", "Outcome", "make_case", "play_seed", "run"]
 
@@ -40,6 +40,8 @@ def run(case: Case) -> Outcome:
         outcome.broken, outcome.number = f"{type(e).__name__}: {e}\n{traceback.format_exc()}", 99
     finally:
         log.setLevel(level)
+        for client in fleet.clients:
+            client.kill()
         if fleet.coordinator is not None:
             fleet.coordinator.die()
         shutil.rmtree(folder, ignore_errors=True)
