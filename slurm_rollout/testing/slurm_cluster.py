@@ -10,6 +10,9 @@ a first process that ends when the owner of the cluster ends, however it ends; t
 The machine itself is not touched: no user, no bridge, no line in /etc/hosts, no mount. All that a killed owner leaves
 is one directory, and the next start removes it.
 
+With another system's root directory, such as `.ci/slurm-chroot` makes, all of a host but the kernel is that system's:
+another version of Slurm runs, beside the machine's. ROLLOUT_SLURM_ROOT names one for all clusters.
+
 The nodes share the machine's file system; private to each are /tmp, /dev/shm and /proc. So a process has one pid on its
 node and another one outside; ``user_pids`` gives the latter. The network is private too: from outside, a port of a
 node is reached only through ``in_node`` or ``run``.
@@ -18,8 +21,6 @@ node is reached only through ``in_node`` or ``run``.
 import argparse
 import contextlib
 import fcntl
-import hashlib
-import importlib.metadata
 import os
 import pwd
 import re
@@ -30,14 +31,13 @@ import stat
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-import slurm_rollout
+from slurm_rollout.testing.cluster_venv import fill
 
 # Only root can write here, so nobody can plant what a cluster would run. Not in /run: often mounted noexec and nodev.
 BASE = Path("/var/lib/slurm-rollout-cluster")
@@ -49,23 +49,25 @@ NETWORK = "10.77.0"
 CONTROLLER_PORT = 6817
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 FREEZER = Path("/sys/fs/cgroup/freezer")
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "ip", "mount", "nsenter", "setpriv", "unshare")
+MACHINE_PROGRAMS = ("chroot", "ip", "mount", "nsenter", "unshare")
+HOST_PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "setpriv")
 UNSHARE = ("unshare", "--net", "--pid", "--mount", "--uts", "--fork")
 
-# $1: a directory of files for /etc; $2: the host name. It prints its pid as seen outside (the new /proc would say 1)
-# and waits for the end of its standard input. `wait` also reaps orphans, the duty of a first process.
+# $1: a directory of files for /etc; $2: the host name; $3: its root directory, "" for the machine's; what follows is
+# shared with the machine. It prints its pid as seen outside (the new /proc would say 1) and waits for the end of its
+# standard input. `wait` also reaps orphans, the duty of a first process.
 FIRST_PROCESS = """
 read -r pid rest </proc/self/stat
-mount -t proc proc /proc
-mount -t tmpfs -o mode=1777 tmpfs /tmp
-mount -t tmpfs -o mode=1777 tmpfs /dev/shm
-for path in "$1"/*; do mount --bind "$path" "/etc/${path##*/}"; done
-hostname "$2"
+etc=$1 name=$2 root=$3
+shift 3
+for path; do mount --rbind "$path" "$root$path"; done
+mount -t proc proc "$root/proc"
+mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
+mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
+for path in "$etc"/*; do mount --bind "$path" "$root/etc/${path##*/}"; done
+hostname "$name"
 ip link set lo up
-exec 3<&0
-cat <&3 >/dev/null &
-echo "$pid"
-wait
+exec chroot "$root/" sh -euc 'exec 3<&0; cat <&3 >/dev/null & echo "$1"; wait' sh "$pid"
 """
 
 Argv = Sequence[str | Path]
@@ -76,19 +78,34 @@ class SlurmClusterError(RuntimeError):
     """The cluster, or a command in it, failed; the message ends with the last lines of the log or of the output."""
 
 
-def why_unavailable() -> str | None:
-    """One line that says why no cluster can run on this machine; None when it can."""
+def why_unavailable(slurm_root: Path | None = None) -> str | None:
+    """One line that says why no cluster can run on this machine; None when it can. ``slurm_root`` as for a cluster."""
+    slurm_root = slurm_root or root_from_environment()
     if sys.platform != "linux":
         return f"real Slurm needs Linux; this is {sys.platform}"
     if os.geteuid() != 0:
         return "real Slurm needs root here: it makes namespaces and starts slurmd"
-    if missing := [program for program in PROGRAMS if shutil.which(program, path=SYSTEM_PATH) is None]:
+    if missing := [*_missing(MACHINE_PROGRAMS), *_missing(() if slurm_root else HOST_PROGRAMS)]:
         return f"not installed: {', '.join(missing)} (Debian, Ubuntu: apt-get install slurm-wlm munge iproute2)"
+    if slurm_root and (missing := _missing(HOST_PROGRAMS, slurm_root)):
+        return f"not in {slurm_root}: {', '.join(missing)} (.ci/slurm-chroot makes such a directory)"
     trial = "mount -t proc proc /proc; ip link add b0 type bridge; ip link add v0 type veth peer name v1"
     done = subprocess.run([*UNSHARE, "sh", "-euc", trial], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return f"no namespaces here: {' '.join(done.stderr.split()) or f'unshare ended with {done.returncode}'}"
     return None
+
+
+def root_from_environment() -> Path | None:
+    """The root directory that ROLLOUT_SLURM_ROOT names."""
+    named = os.environ.get("ROLLOUT_SLURM_ROOT")
+    return Path(named).absolute() if named else None
+
+
+def _missing(programs: Collection[str], root: Path = Path("/")) -> list[str]:
+    # Links of Debian's alternatives are absolute: from outside of their root they lead nowhere.
+    folders = [root / folder[1:] for folder in SYSTEM_PATH.split(":")]
+    return [program for program in programs if not any(os.path.lexists(folder / program) for folder in folders)]
 
 
 def wait_until(what: str, seen: Callable[[], bool], timeout_s: float, period_s: float = 0.05) -> None:
@@ -112,11 +129,13 @@ class SlurmCluster:
     The batch script of a job runs on the first node of its allocation. ``slurmd_timeout_s`` is Slurm's SlurmdTimeout:
     how long a node may be silent before it is DOWN. ``proctrack`` is how Slurm finds the processes of a step: by their
     parents (``linuxproc``: one that daemonises escapes for a minute), or with ``cgroup``, as most sites do, for which
-    the machine must have the cgroup v1 freezer. ``conf_lines`` are added to slurm.conf.
+    the machine must have the cgroup v1 freezer. ``conf_lines`` are added to slurm.conf. ``slurm_root`` is the root
+    directory of another system, whose Slurm, Python and other programs then run; ROLLOUT_SLURM_ROOT if it is not given.
     Raises SlurmClusterError when it cannot start, and then leaves nothing behind.
 
     ``env`` is the whole environment of the ordinary user ``user`` (``uid``), who owns ``home``; ``python`` runs
-    slurm_rollout as it was on disk when the cluster started; ``logs`` are the daemons' logs.
+    slurm_rollout as it was on disk when the cluster started; ``logs`` are the daemons' logs; ``slurm_version`` is such
+    as (22, 5).
     """
 
     def __init__(
@@ -128,6 +147,7 @@ class SlurmCluster:
         slurmd_timeout_s: int = 20,
         proctrack: Literal["linuxproc", "cgroup"] = "linuxproc",
         conf_lines: Sequence[str] = (),
+        slurm_root: Path | None = None,
     ) -> None:
         self.nodes = tuple(f"n{index}" for index in range(1, nodes + 1))
         self.gpus = gpus
@@ -135,6 +155,7 @@ class SlurmCluster:
         self.slurmd_timeout_s = slurmd_timeout_s
         self.proctrack = proctrack
         self.conf_lines = tuple(conf_lines)
+        self.slurm_root = slurm_root or root_from_environment()
         self.user = USER
         self._hosts: dict[str, _Host] = {}
         self._were_cut: set[str] = set()
@@ -158,10 +179,11 @@ class SlurmCluster:
         return self
 
     def _start(self) -> None:
-        if reason := why_unavailable():
+        if reason := why_unavailable(self.slurm_root):
             raise SlurmClusterError(reason)
         if self.proctrack == "cgroup" and not FREEZER.exists():
             raise SlurmClusterError(f"proctrack=cgroup needs cgroup v1; there is no {FREEZER}")
+        self.slurm_version = _slurm_version(self.slurm_root)
         self.uid, self._lock = _claim()
         self.root = BASE / str(self.uid)
         self.logs = self.root / "log"
@@ -190,9 +212,32 @@ class SlurmCluster:
         self._daemon(CONTROLLER, "slurmctld", "-c", "-f", str(self.conf))
         for node in self.nodes:
             self._daemon(node, "slurmd", "-N", node, "-f", str(self.conf))
-        _install(self.root, self.uid)
+        self._install()
         self._wait_controller()
         self.wait_idle(timeout_s=30)
+
+    def _install(self) -> None:
+        venv = self.root / "venv"
+        self.run([self._interpreter(), "-m", "venv", "--without-pip", venv], user=False)
+        try:
+            fill(venv, BASE)
+        except subprocess.CalledProcessError as error:
+            raise SlurmClusterError(_failure(error.cmd, "this machine", error)) from None
+        self.run([self.python, "-m", "compileall", "-q", *venv.glob("lib/*/*/slurm_rollout")], user=False)
+        _checked(["chmod", "-R", "a+rX", str(venv)])
+
+    def _interpreter(self) -> str:
+        """The first Python, 3.11 or newer, that the user can run: the one that runs this may be closed to them."""
+        ours = [] if self.slurm_root else [os.path.realpath(sys.executable)]
+        test = "import sys, venv; sys.exit(sys.version_info < (3, 11))"
+        for candidate in [*ours, "python3", *(f"python3.{minor}" for minor in range(20, 10, -1))]:
+            if self.run([candidate, "-I", "-c", test], check=False).returncode == 0:
+                return candidate
+        closed = "" if self.slurm_root else f"{sys.executable} is closed to them, and "
+        raise SlurmClusterError(
+            f"no Python 3.11 or newer that an ordinary user can run: {closed}in {SYSTEM_PATH} "
+            f"{f'of {self.slurm_root} ' if self.slurm_root else ''}there is none; install one there"
+        )
 
     def stop(self) -> None:
         """End and remove everything. May be called at any time, and again."""
@@ -225,22 +270,23 @@ class SlurmCluster:
             os.mknod(self.root / f"gpu/gpu{index}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
         (self.root / "munge/key").touch(mode=0o600)
         (self.root / "munge/key").write_bytes(os.urandom(128))
+        etc = (self.slurm_root or Path("/")) / "etc"
         addresses = [f"{NETWORK}.{index} {node}\n" for index, node in enumerate(self.nodes, 1)]
         files = {
             "hosts": "".join(["127.0.0.1 localhost\n", f"{NETWORK}.254 {CONTROLLER}\n", *addresses]),
             # First, so that it also wins over a real user of that name.
-            "passwd": f"{USER}:x:{self.uid}:{self.uid}::{self.home}:/bin/bash\n{Path('/etc/passwd').read_text()}",
-            "group": f"{USER}:x:{self.uid}:\n{Path('/etc/group').read_text()}",
+            "passwd": f"{USER}:x:{self.uid}:{self.uid}::{self.home}:/bin/bash\n{(etc / 'passwd').read_text()}",
+            "group": f"{USER}:x:{self.uid}:\n{(etc / 'group').read_text()}",
             "slurm/slurm.conf": self._slurm_conf(),
             "slurm/gres.conf": "AutoDetect=off\n",
         }
         if self.gpus:
             files["slurm/gres.conf"] += f"Name=gpu File={self.root}/gpu/gpu[0-{self.gpus - 1}]\n"
-        if (version := _slurm_version()) >= (22, 5):
-            # Never its own detection: slurmd 22.05 ends where there is no cgroup file system, though linuxproc needs
-            # none; told v1, it does not look. "disabled" is known since 24.05.
-            off = version >= (24, 5) and self.proctrack != "cgroup"
-            files["slurm/cgroup.conf"] = f"CgroupPlugin={'disabled' if off else 'cgroup/v1'}\n"
+        # Never its own detection: slurmd 22.05 ends where there is no cgroup file system, though linuxproc needs none;
+        # told v1, it does not look. "disabled" is known since 24.05. 20.11 knows no plugins, but needs the file.
+        off = self.slurm_version >= (24, 5) and self.proctrack != "cgroup"
+        plugin = f"CgroupPlugin={'disabled' if off else 'cgroup/v1'}\n"
+        files["slurm/cgroup.conf"] = plugin if self.slurm_version >= (22, 5) else ""
         for name, text in files.items():
             path = self.root / "etc" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -289,10 +335,13 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE Sta
 
     def _boot(self, name: str) -> None:
         log = self.logs / f"boot.{name}.log"
+        shared = ("/dev", "/sys", BASE) if self.slurm_root else ()
+        if self.slurm_root:
+            (self.slurm_root / BASE.relative_to("/")).mkdir(parents=True, exist_ok=True)
         with log.open("wb") as errors:
             # In a session of its own: Ctrl-C at the owner's terminal must not reach it, the owner decides.
             process = subprocess.Popen(
-                [*UNSHARE, "sh", "-euc", FIRST_PROCESS, "sh", self.root / "etc", name],
+                [*UNSHARE, "sh", "-euc", FIRST_PROCESS, "sh", self.root / "etc", name, self.slurm_root or "", *shared],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -399,7 +448,7 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE Sta
         # nsenter forks, because no process changes its own pid namespace, and passes no signal on: hence pdeathsig.
         # It arrives in / whatever the working directory was: hence chdir.
         return [
-            *("nsenter", f"--target={self._hosts[host].pid}", "--net", "--pid", "--mount", "--uts", "--"),
+            *("nsenter", f"--target={self._hosts[host].pid}", "--net", "--pid", "--mount", "--root", "--uts", "--"),
             *("setpriv", "--pdeathsig=KILL", "--clear-groups"),
             *((f"--reuid={self.uid}", f"--regid={self.uid}") if user else ()),
             *("env", "--ignore-environment", f"--chdir={cwd or self.home}"),
@@ -595,71 +644,8 @@ def _kill(pids: list[int]) -> bool:
     return not pids
 
 
-def _install(root: Path, uid: int) -> None:
-    """``root/venv``: this package as it is now and what it needs, for an interpreter that the user may run."""
-    package = Path(slurm_rollout.__file__).parent
-    venv = root / "venv"
-    _checked([_interpreter(uid), "-m", "venv", "--without-pip", str(venv)])
-    [site] = venv.glob("lib/python3.*/site-packages")
-    shutil.copytree(package, site / "slurm_rollout", ignore=shutil.ignore_patterns("__pycache__"))
-    # Where hatch puts them in a wheel.
-    if (package.parent / "templates").is_dir():
-        shutil.copytree(package.parent / "templates", site / "slurm_rollout/templates", dirs_exist_ok=True)
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        metadata = importlib.metadata.distribution("slurm-rollout")
-        info = site / f"slurm_rollout-{metadata.version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(metadata.read_text("METADATA") or "")
-    for scripts in (package.parent / "sbin", Path(sys.executable).parent):
-        if (scripts / "slurm-rollout-agent").exists():
-            shutil.copy(scripts / "slurm-rollout-agent", venv / "bin")
-            break
-    command = venv / "bin/slurm-rollout"
-    command.write_text(f"#!{venv}/bin/python\nimport sys\nfrom slurm_rollout.cli import main\nsys.exit(main())\n")
-    (site / "dependencies.pth").write_text(f"{_dependencies(package.parent, venv)}\n")
-    _checked([str(venv / "bin/python"), "-m", "compileall", "-q", str(site / "slurm_rollout")])
-    _checked(["chmod", "-R", "a+rX", str(venv)])
-    command.chmod(0o755)
-
-
-def _interpreter(uid: int) -> str:
-    """The first Python, 3.11 or newer, that the user can run: the one that runs this may be under a closed /root."""
-    found = [shutil.which(f"python3{minor}", path=SYSTEM_PATH) for minor in ("", *(f".{n}" for n in range(20, 10, -1)))]
-    test = "import sys, venv; sys.exit(sys.version_info < (3, 11))"
-    for candidate in filter(None, [os.path.realpath(sys.executable), *found]):
-        with contextlib.suppress(OSError):
-            argv = [candidate, "-I", "-c", test]
-            done = subprocess.run(argv, user=uid, group=uid, extra_groups=[], cwd="/", capture_output=True, check=False)
-            if done.returncode == 0:
-                return candidate
-    raise SlurmClusterError(
-        f"no Python 3.11 or newer that an ordinary user can run: {sys.executable} is closed to them, and in "
-        f"{SYSTEM_PATH} there is none; install one there"
-    )
-
-
-def _dependencies(source: Path, venv: Path) -> Path:
-    """A directory with what the package needs, made by pip once for each set of requirements and Python version."""
-    if (source / "pyproject.toml").exists():
-        wanted = tomllib.loads((source / "pyproject.toml").read_text())["project"]["dependencies"]
-    else:
-        wanted = [line for line in importlib.metadata.requires("slurm-rollout") or [] if "extra ==" not in line]
-    [library] = venv.glob("lib/python3.*")
-    key = hashlib.sha256("\n".join([library.name, *sorted(wanted)]).encode()).hexdigest()[:12]
-    target = BASE / f"dependencies-{key}"
-    if not target.exists():
-        made = venv / "dependencies"
-        pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin/python"), "install", "--quiet"]
-        _checked([*pip, "--root-user-action=ignore", "--target", str(made), *wanted], timeout_s=300)
-        _checked(["chmod", "-R", "a+rX", str(made)])
-        # Another cluster may have been faster; theirs is as good.
-        with contextlib.suppress(OSError):
-            made.rename(target)
-    return target
-
-
-def _slurm_version() -> tuple[int, ...]:
-    found = re.search(r"(\d+)\.(\d+)", _checked(["slurmctld", "-V"]))
+def _slurm_version(root: Path | None) -> tuple[int, ...]:
+    found = re.search(r"(\d+)\.(\d+)", _checked(["chroot", str(root or "/"), "slurmctld", "-V"]))
     return tuple(int(part) for part in found.groups()) if found else ()
 
 
@@ -670,7 +656,7 @@ def _checked(argv: Sequence[str], *, stdin: str = "", timeout_s: float = 60) -> 
     return done.stdout
 
 
-def _failure(argv: Sequence[str | Path], where: str, done: subprocess.CompletedProcess[str]) -> str:
+def _failure(argv: Argv, where: str, done: subprocess.CompletedProcess[str] | subprocess.CalledProcessError) -> str:
     output = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
     return f"{shlex.join(map(str, argv))} on {where}: exit code {done.returncode}\n{output}"
 
@@ -691,16 +677,26 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--gpus", type=int, default=8, help="fake GPUs per node")
     parser.add_argument("--cpus", type=int, default=16, help="CPUs per node, which may be more than there are")
+    parser.add_argument(
+        "--slurm-root",
+        type=Path,
+        metavar="DIR",
+        help="root directory of another system, as .ci/slurm-chroot makes them",
+    )
     parser.add_argument("--slurmd-timeout", type=int, default=20, metavar="SECONDS", help="until a silent node is DOWN")
     args = parser.parse_args()
-    if reason := why_unavailable():
+    if reason := why_unavailable(args.slurm_root):
         print(f"slurm_cluster: {reason}", file=sys.stderr)
         return 1
     # As Ctrl-C does: through the end of the `with` below.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with SlurmCluster(
-            nodes=args.nodes, gpus=args.gpus, cpus=args.cpus, slurmd_timeout_s=args.slurmd_timeout
+            nodes=args.nodes,
+            gpus=args.gpus,
+            cpus=args.cpus,
+            slurmd_timeout_s=args.slurmd_timeout,
+            slurm_root=args.slurm_root,
         ) as cluster:
             print(
                 f"{len(cluster.nodes)} nodes are up. In another terminal, as root:\n"
