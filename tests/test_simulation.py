@@ -9,7 +9,6 @@ import argparse
 import functools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -25,12 +24,13 @@ import pytest
 
 from slurm_rollout.cli import simulate as simulate_cli
 from slurm_rollout.core.plan import Counter, FleetPlan, ProbePolicy, ProbeRequest, RestartPolicy
-from slurm_rollout.simulation.case import with_trainers
+from slurm_rollout.simulation.case import with_frozen
 from slurm_rollout.simulation.faults import Fault
 from slurm_rollout.simulation.rates import Rates, forecast
 from slurm_rollout.simulation.run import START, Case, Outcome, make_case, play_seed, run
 from slurm_rollout.simulation.shrink import shrink
 from slurm_rollout.simulation.soak import report
+from slurm_rollout.simulation.trainer import Habits
 from slurm_rollout.simulation.trainer_faults import KINDS, TRAINER_KINDS
 from slurm_rollout.store import load_plan
 from slurm_rollout.testing.fleet import Fleet, LocalFleet, SlurmFleet, stub_spec
@@ -38,7 +38,7 @@ from slurm_rollout.testing.slurm_cluster import SlurmCluster
 from slurm_rollout.testing.world import make_plan
 from tests.mutants import MUTANTS, by_simulation, plant
 
-SEEDS = 500
+SEEDS = 600
 HOURS = 0.5
 
 
@@ -56,8 +56,30 @@ def plan(groups: int, members: int, *, threshold: int = 4, budget: int = 5) -> F
     )
 
 
-def case(fleet: FleetPlan, *faults: Fault, minutes: float = 30.0) -> Case:
-    return Case(seed=0, plan=fleet, faults=faults, peace_at=START + 60.0 * minutes)
+def trained(
+    groups: int,
+    *,
+    colocated: bool = False,
+    frozen: int = 0,
+    threshold: int = 4,
+    pause_max_s: float = 900.0,
+    **pool: Any,
+) -> FleetPlan:
+    """Groups of one member, the last of them in a pool of their own that no trainer pushes into."""
+    bare = plan(groups, 1, threshold=threshold)
+    (known,) = bare.pools
+    pause_in = ("training", "syncing") if colocated else ("syncing",)
+    probe = replace(known.probe, pause_in=pause_in, pause_max_s=pause_max_s)
+    restart = replace(known.restart, when="at_barrier" if colocated else "at_once")
+    return with_frozen(bare, replace(known, weights="trained", probe=probe, restart=restart, **pool), frozen)
+
+
+def case(fleet: FleetPlan, *faults: Fault, minutes: float = 30.0, **what: Any) -> Case:
+    return Case(seed=0, plan=fleet, faults=faults, peace_at=START + 60.0 * minutes, **what)
+
+
+TRAINER = (Habits(),)
+HASTY = (Habits(hasty=True),)
 
 
 def fine(outcome: Outcome) -> Outcome:
@@ -94,11 +116,10 @@ def test_a_fleet_survives_one_kind_of_fault_alone(kind: str) -> None:
     fine(run(case(plan(4, 2), *four(kind), minutes=60.0)))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("colocated", [False, True], ids=["apart", "colocated"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_so_does_one_with_a_trainer(kind: str, seed: int) -> None:
-    faults = tuple(four(kind))
-    fine(run(replace(with_trainers(case(plan(4, 2), minutes=60.0), random.Random(seed)), faults=faults)))
+def test_so_does_one_with_a_trainer(kind: str, *, colocated: bool) -> None:
+    fine(run(case(trained(4, colocated=colocated), *four(kind), minutes=60.0, clients=TRAINER)))
 
 
 # ------------------------------------------------------------------------------------------------------------ kept ones
@@ -147,6 +168,67 @@ KEPT = {
     # Slurm gave a process up that could not be killed: it lived on beside the next launch.
     "a process that cannot be killed": case(
         plan(2, 2), *(Fault(1200.0 + 300.0 * i, "engine_cannot_die", 0.1, 0.5, 200.0) for i in range(3))
+    ),
+    # An srun that was just started, to be refused at once, was a sign that the job goes on: the others were charged.
+    "the job ends while a lost node is tried again": case(
+        trained(3),
+        Fault(1547.1, "node_is_lost", where=0.6),
+        Fault(1549.4, "slurm_is_away", for_s=688.8),
+        Fault(2238.1, "slurm_is_away", for_s=141.9),
+        Fault(2372.8, "slurm_is_away", for_s=171.1),
+        Fault(2460.6, "slurm_answers_late", for_s=645.7),
+        Fault(2463.6, "slurm_is_away", for_s=224.9),
+        clients=TRAINER,
+        job_ends=True,
+    ),
+    # The groups of the new run had changed in epoch 0.
+    "a requeue": case(trained(2), Fault(1121.9, "job_is_requeued"), clients=TRAINER),
+    # What the trainer made after it had gone back had a number of before, and an engine that was absent had it, too.
+    "a number that stands for two weights": case(
+        trained(3),
+        Fault(1164.0, "engine_hangs", 0.9, 0.9),
+        Fault(1538.4, "engine_hangs", 0.8, 0.3),
+        Fault(1774.5, "push_fails"),
+        Fault(1785.7, "engine_hangs", 0.8, 0.6),
+        Fault(1799.5, "engines_answer_no", where=0.1, for_s=79.1),
+        Fault(1899.5, "trainer_goes_back"),
+        Fault(1917.2, "engine_hangs", 0.2, 0.7),
+        clients=TRAINER,
+    ),
+    # An engine got half of the next version, and served again when the trainer went back to the one that it had before.
+    "half of a version, and back": case(
+        trained(3, colocated=True),
+        Fault(1099.1, "client_is_killed", for_s=112.5),
+        Fault(1216.3, "client_is_killed", for_s=68.1),
+        Fault(1359.3, "push_fails"),
+        Fault(1377.4, "engine_hangs", 0.5, 0.6),
+        Fault(1390.0, "client_is_killed", for_s=89.3),
+        clients=HASTY,
+    ),
+    # It waited for a group of which nobody asked whether it answers again, and each "I wait" made the pause longer.
+    "a trainer that waits in a pause": case(
+        trained(2, pause_max_s=200.0, min_ready=2),
+        Fault(1132.0, "engines_answer_no", where=0.3, for_s=109.8),
+        clients=TRAINER,
+    ),
+    # Each pause began the count of failures anew: a hang was never seen.
+    "an engine hangs, and its trainer pauses probes often": case(
+        trained(2, colocated=True), Fault(2276.9, "engine_hangs", 0.5, 0.8), clients=TRAINER
+    ),
+    # A group that is asked nothing counted as one that answers, and so the coordinator was not the suspect.
+    "the coordinator is cut off in a pause": case(
+        trained(2, colocated=True, frozen=1, threshold=2),
+        Fault(1229.2, "batch_host_is_cut_off", for_s=39.9),
+        Fault(1332.8, "batch_host_is_cut_off", for_s=20.1),
+        Fault(1337.3, "batch_host_is_cut_off", for_s=229.7),
+        clients=TRAINER,
+    ),
+    # That it rests an agent had said in the pause before: it saw that one's end later than this one's echo was given.
+    "an agent that sees the file late": case(
+        trained(3, colocated=True),
+        Fault(1249.1, "files_are_seen_late", which=0.4, for_s=93.9),
+        Fault(1265.2, "files_are_seen_late", which=0.7, for_s=41.3),
+        clients=HASTY,
     ),
 }
 

@@ -115,13 +115,13 @@ def with_trainers(case: Case, rng: random.Random) -> Case:
     )
     return replace(
         case,
-        plan=_with_frozen(case.plan, pool, frozen),
+        plan=with_frozen(case.plan, pool, frozen),
         faults=tuple(sorted((*case.faults, *schedule), key=lambda f: f.at)),
         clients=clients,
     )
 
 
-def _with_frozen(plan: FleetPlan, pool: PoolPlan, count: int) -> FleetPlan:
+def with_frozen(plan: FleetPlan, pool: PoolPlan, count: int) -> FleetPlan:
     """Return the plan with the last groups of `pool` in a pool of their own, which no trainer pushes into."""
     if not count:
         return replace(plan, pools=(pool,))
