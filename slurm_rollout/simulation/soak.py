@@ -36,11 +36,12 @@ def report(outcome: Outcome) -> str:
 
 
 def describe(case: Case) -> str:
-    pool = case.plan.pools[0]
-    return (
-        f"  {len(pool.groups)} groups of {len(pool.groups[0].members)}, min_ready {pool.min_ready}, {pool.probe}, "
-        f"{pool.restart}, {pool.stop}, {pool.fence}"
-    )
+    lines = [
+        f"  {pool.name}: {len(pool.groups)} groups of {len(pool.groups[0].members)}, min_ready {pool.min_ready}, "
+        f"{pool.weights}, {pool.probe}, {pool.restart}, {pool.stop}, {pool.fence}"
+        for pool in case.plan.pools
+    ]
+    return "\n".join(lines + [f"  {habits}" for habits in case.clients])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slurm_rollout.barrier import Group
 from slurm_rollout.core.clients import UNCONFIRMED_S
-from slurm_rollout.core.model import Ack, Decision, GroupState, Launch, Observation, RunState
+from slurm_rollout.core.model import Ack, ClientState, Decision, GroupState, Launch, Observation, RunState
 from slurm_rollout.core.phases import ALIVE, Phase
 from slurm_rollout.core.plan import FleetPlan, PoolPlan, ProbePolicy
 from slurm_rollout.simulation.broken import Broken
@@ -185,15 +185,17 @@ class TrainerChecker:
             said = self._of(client.id)
             if said.newest is None or self._in_the_way(said.newest, after):
                 said.clear_since = obs.now
-            heard_at = said.heard.heard_at if said.heard is not None else None
-            if client.waiting_s and said.heard is not None and heard_at is not None:
-                over = obs.now >= heard_at + said.heard.waiting_s + 1e-6
-                if over:
-                    raise Broken(14, f"{client.id} counts as waiting after its {said.heard.waiting_s:g} s")
-            if client.hold_s and said.heard is not None and said.heard.heard_at is not None:
-                over_at = said.heard.heard_at + said.heard.hold_s
-                if said.heard.hold_s == 0.0 or obs.now >= over_at + 1e-6:
-                    raise Broken(13, f"the hold of {client.id} goes on after its {said.heard.hold_s:g} s")
+            self._ends_by_itself(client, obs.now)
+
+    def _ends_by_itself(self, client: ClientState, now: float) -> None:
+        word = self._of(client.id).heard
+        if word is None or word.heard_at is None:
+            return
+        said_s = now - word.heard_at - 1e-6  # a rounding error is not too long
+        if client.hold_s and said_s >= word.hold_s:
+            raise Broken(13, f"the hold of {client.id} goes on after its {word.hold_s:g} s")
+        if client.waiting_s and said_s >= word.waiting_s:
+            raise Broken(14, f"{client.id} counts as waiting after its {word.waiting_s:g} s")
 
     def _holds(self, before: RunState, after: RunState) -> None:
         granted = {c.id for c in before.clients if c.hold}
