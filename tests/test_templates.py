@@ -194,7 +194,7 @@ def test_train_has_a_trainer_on_several_nodes_that_hears_of_the_end(start: Any) 
     fleet.wait("both ranks", lambda: len(fleet.notes("rank")) == 2, timeout_s=60)
     assert sorted(fleet.notes("rank")) == [[0, "n1"], [1, "n2"]]
     fleet.kill("actor/0", 1)
-    fleet.wait_serving("actor/0", 2)
+    fleet.wait_event("ready", "actor/0", 2)  # this trainer pushes no weights: stale
     assert not fleet.events("failure", "actor/1")
     assert {g["master"] for g in fleet.barrier()["groups"]} == {"n3:18001", "n5:18001"}
     fleet.cluster.cancel(fleet.job)
