@@ -426,7 +426,7 @@ class Cluster:
         """The trainer puts its engines to sleep, or wakes them up."""
         incarnation.asleep = asleep
         if asleep:
-            incarnation.slept_at, incarnation.disowned = self.time.now, False
+            incarnation.slept_at = self.time.now
         else:
             incarnation.woke_at = self.time.now
         self.on_change(incarnation)

@@ -58,7 +58,7 @@ class Incarnation:
         self.unsettled = False  # something was pushed of which the trainer does not know yet that it is acknowledged
         self.asleep = False  # nothing may be asked of it: older vLLM dies of that
         self.slept_at = self.woke_at = float("-inf")
-        self.disowned = False  # who put it to sleep is gone with its `up`
+        self.disowned = False  # nobody promised to let it sleep: its `up` is over, or the pause was
 
     @property
     def id(self) -> tuple[str, int]:

@@ -93,7 +93,7 @@ class Probing:
             ranks.update({rank: rested(endpoint) for rank, endpoint in ranks.items()})
         self._resumed_at.update(dict.fromkeys(over, now))
         self._paused = frozenset(groups)
-        for key in sorted(k for k in self._resting if k.group in over):
+        for key in sorted(k for k in self._resting | self._idle if k.group in over):  # it is not known how they are
             self._plan_liveness(key, now)
 
     def is_quiet(self, group: str) -> bool:

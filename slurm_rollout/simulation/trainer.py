@@ -298,11 +298,15 @@ class Client:
             return
         if phase == "training":
             self.owns_gpus = any(p.restart.when == "at_barrier" for p in self.fleet.plan.pools)
+        # One that sees the echo late, later than `pause_max_s`, finds that the pause is over, or sees not even that.
+        paused = {p.name for p in state.pools if p.probes == "paused"}
+        still = {p["name"] for p in self.fleet.files.newest()["pools"] if p["probes"] == "paused"}
         for group in state.groups:
-            if group.urls and phase in self.fleet.plan.pool(group.pool).probe.pause_in:
+            if group.urls and group.pool in paused and phase in self.fleet.plan.pool(group.pool).probe.pause_in:
                 found = self._reach(group)
                 if found is not None and not found.asleep:
                     self.fleet.cluster.sleeps(found, asleep=True)
+                    found.disowned = group.pool not in still
                     self.asleep.append(found)
 
     def _wake_up_all(self, but_in: str = "") -> None:
