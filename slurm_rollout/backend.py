@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from slurm_rollout.core.model import Job, Listing
+from slurm_rollout.core.model import Job, Listing, NodeWord
 from slurm_rollout.core.plan import FleetPlan, GroupPlan
 
 
@@ -26,6 +26,14 @@ class JobFacts:
 
     job: Job
     time_left_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """What Slurm says of a node of the job."""
+
+    word: NodeWord
+    reason: str = ""
 
 
 class Backend(Protocol):
@@ -48,6 +56,10 @@ class Backend(Protocol):
 
     async def job(self) -> JobFacts:
         """Return the allocation's state."""
+        ...
+
+    async def nodes(self, names: Sequence[str]) -> Mapping[str, NodeFacts]:
+        """Return what is said of these nodes."""
         ...
 
     async def cancel(self, steps: Sequence[StepRef]) -> None:

@@ -19,19 +19,21 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slurm_rollout import proc
-from slurm_rollout.backend import Backend, JobFacts, monotonic
+from slurm_rollout.backend import Backend, JobFacts, NodeFacts, StepRef, monotonic
 from slurm_rollout.clients import Clients
+from slurm_rollout.core import moves
 from slurm_rollout.core.decide import decide, is_over
 from slurm_rollout.core.model import (
     Action,
     Cancel,
+    CancelLost,
     ClientWords,
     Decision,
     Event,
@@ -41,6 +43,8 @@ from slurm_rollout.core.model import (
     Job,
     Launch,
     Listing,
+    NodeObservation,
+    NodeWord,
     Observation,
     RunState,
     Snapshot,
@@ -52,7 +56,7 @@ from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import LeaseLost, RolloutError, Unobservable
 from slurm_rollout.hook import EventHook
 from slurm_rollout.journal import Journal
-from slurm_rollout.ports_check import open_ports
+from slurm_rollout.ports_check import answers, open_ports
 from slurm_rollout.probes import Key, Prober, Target
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.steps import Steps
@@ -70,8 +74,27 @@ SLOW_S = 0.25
 HOOK_END_S = 2.0
 """So long the last events may take to reach `on_event` at the end of a term."""
 
+REACH_PERIOD_S, REACH_TIMEOUT_S = 1.0, 1.0
+"""How often it is tried whether nodes answer, where a decision waits for that, and how long each is given."""
+
 QUERY_PAUSE_S = 1.0
 """Least pause between two questions of one kind to Slurm."""
+
+
+@dataclass(slots=True)
+class _Reach:
+    """Whether connections to a node are answered. Only time in which somebody looked counts as silence."""
+
+    answered_at: float | None = None
+    silent_s: float = 0.0
+    looked_at: float | None = None
+
+    def note(self, answered: bool | None, now: float) -> None:
+        if answered:
+            self.answered_at, self.silent_s = now, 0.0
+        elif answered is False and self.looked_at is not None:
+            self.silent_s += min(now - self.looked_at, REACH_PERIOD_S + REACH_TIMEOUT_S)
+        self.looked_at = now if answered is not None else None
 
 
 @dataclass(slots=True)
@@ -100,6 +123,7 @@ class Coordinator:
     ) -> None:
         """`supervisor`: the pid whose end ends the run, 0 for none. `umask`: the steps'; -1 for this process's own."""
         self._plan = plan
+        self._placed = moves.placed(plan, state)
         self._state = state
         self._backend = backend
         self._store = Store(run, state.term, private=plan.private)
@@ -107,10 +131,13 @@ class Coordinator:
         self._journal = Journal(plan, self._store, self._hook)
         self._run = run
         self._woken = asyncio.Event()
-        self._steps = Steps(plan, run, state.run_id, backend, self._woken.set, umask=umask)
+        self._steps = Steps(self._placed, run, state.run_id, backend, self._woken.set, umask=umask)
         self._exits = exits
         self._prober = Prober(clock=monotonic, wake=self._woken.set)
         self._ports: dict[str, _PortCheck] = {}
+        self._reach: dict[str, _Reach] = {}
+        self._said: Mapping[str, NodeFacts] = {}  # of nodes, by Slurm
+        self._said_at: float | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._asked: dict[str, float] = {}
         self._listing: Listing | None = None
@@ -217,7 +244,7 @@ class Coordinator:
     async def _tick(self) -> Decision:
         found = [(path, request) for path, request in read_requests(self._run) if path not in self._heeded]
         obs = self._observe([request for _, request in found])
-        decision = decide(self._plan, self._state, obs)
+        decision, before = decide(self._plan, self._state, obs), self._state
         if self._journal.is_due(decision, obs.now):
             write = partial(self._journal.write, self._state, decision, obs, self._job.time_left_s)
             self._state = await asyncio.to_thread(write)
@@ -225,6 +252,9 @@ class Coordinator:
             self._state = decision.state
         if self._state is not decision.state:
             return decision
+        if [g.places for g in self._state.groups] != [g.places for g in before.groups]:
+            self._placed = moves.placed(self._plan, self._state)
+            self._steps.replan(self._placed)
         self._heeded.update(path for path, _ in found)
         if not self._journal.blocked:
             self._remove_requests()
@@ -265,6 +295,7 @@ class Coordinator:
             now=now,
             wall=time.time(),
             groups=tuple(groups),
+            nodes=tuple(self._observe_node(name) for name in dict.fromkeys((*self._reach, *self._said))),
             listing=self._listing,
             listing_failed_at=self._listing_failed_at,
             job=self._job.job,
@@ -274,6 +305,17 @@ class Coordinator:
             stop_signal=self._stop,
         )
 
+    def _observe_node(self, name: str) -> NodeObservation:
+        reach, said = self._reach.get(name, _Reach()), self._said.get(name)
+        return NodeObservation(
+            name=name,
+            answered_at=reach.answered_at,
+            silent_s=reach.silent_s,
+            word=said.word if said is not None else NodeWord.UNKNOWN,
+            reason=said.reason if said is not None else "",
+            asked_at=self._said_at if said is not None else None,
+        )
+
     def _act(self, action: Action) -> None:
         match action:
             case Launch():
@@ -281,14 +323,14 @@ class Coordinator:
                 self._forget_old_logs(action)
             case Go() | Snapshot() | Stop():
                 self._steps.signal(action)
-            case Cancel():
+            case Cancel() | CancelLost():
                 self._begin("cancel", self._cancel())
 
     def _targets(self) -> dict[Key, Target]:
         """Say which entrypoints are probed, and how: only sockets that an agent found to be its own engine's."""
         targets = {}
         for g in self._state.groups:
-            group = self._plan.group(g.id)
+            group = self._placed.group(g.id)
             policy = self._plan.pool(group.pool).probe
             if g.phase in ALIVE:
                 ranks = {m.rank for m in group.entrypoints}
@@ -332,6 +374,10 @@ class Coordinator:
             self._ask("listing", self._list)
         if wants.job or audit:
             self._ask("job", self._look_at_job)
+        if wants.nodes or audit:
+            self._ask("nodes", self._ask_of_nodes)
+        if wants.reach:
+            self._begin("reach", self._try_nodes(wants.reach))
 
     def _ask(self, name: str, question: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Ask Slurm, unless the same question is under way or was asked just now."""
@@ -372,9 +418,38 @@ class Coordinator:
             log.warning("%s", e)
         self._job_asked_at = asked_at
 
+    async def _ask_of_nodes(self) -> None:
+        asked_at = monotonic()
+        try:
+            self._said = await self._backend.nodes(self._plan.nodes)
+        except Unobservable as e:
+            self._listing_failed_at = monotonic()
+            log.warning("%s", e)
+        else:
+            self._said_at = asked_at
+
+    async def _try_nodes(self, names: Sequence[str]) -> None:
+        """See which of these nodes answer, each at the first port of every member that has been there, and one more."""
+        ports = {name: {pool.ports.base for pool in self._plan.pools} for name in names}
+        for group in (*self._plan.groups, *self._placed.groups):
+            for member in group.members:
+                if member.node in ports:
+                    ports[member.node].add(member.ports["http"])
+
+        async def look(name: str) -> None:
+            host = self._plan.hosts[name].address
+            answered = await answers([(host, port) for port in sorted(ports[name])], REACH_TIMEOUT_S)
+            self._reach.setdefault(name, _Reach()).note(answered, monotonic())
+
+        for name in [n for n in self._reach if n not in ports]:
+            del self._reach[name]  # what it was is not what it is
+        await asyncio.gather(*(look(name) for name in names))
+        self._woken.set()
+        await asyncio.sleep(REACH_PERIOD_S)
+
     async def _check_ports(self, group_id: str) -> None:
         since, before = self._state.group(group_id).since, self._ports.get(group_id)
-        found = await open_ports(tuple(self._plan.group(group_id).endpoints()))
+        found = await open_ports(tuple(self._placed.group(group_id).endpoints()))
         self._ports[group_id] = _PortCheck(since=since, open=found)
         if found is None or found or (before is not None and before.since == since):
             await asyncio.sleep(0.2)  # whatever the group still waits for: no busy loop
@@ -390,6 +465,11 @@ class Coordinator:
                 Cancel(group=g.id, incarnation=g.incarnation, nodes=tuple(s.node for s in g.steps))
             )
         ]
+        refs += (
+            StepRef(name=step.name, step_id="", pid=None)
+            for step in self._state.lost_steps
+            if step.cancel_sent_at is not None
+        )
         if refs:
             await self._backend.cancel(refs)
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
-from slurm_rollout.core import barrier_rules, codec, view
+from slurm_rollout.core import barrier_rules, codec, moves, view
 from slurm_rollout.core.model import Decision, Event, Observation, RunState
 from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.core.pools import pool_views
@@ -117,7 +117,8 @@ class Journal:
             return
         self._shown_epoch = state.epoch
         self._seq += 1
-        self._store.write_barrier(barrier_rules.barrier_document(self._plan, state, now=now, seq=self._seq))
+        plan = moves.placed(self._plan, state)
+        self._store.write_barrier(barrier_rules.barrier_document(plan, state, now=now, seq=self._seq))
         self._shown = visible
         self.due_at = now + self._plan.heartbeat_s
         self._status_due = True
@@ -150,7 +151,7 @@ class Journal:
             return
         self._store.write_status(
             view.status_document(
-                self._plan,
+                moves.placed(self._plan, state),
                 state,
                 now=obs.now,
                 wall=obs.wall,

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from slurm_rollout import proc
-from slurm_rollout.backend import JobFacts, StepRef, monotonic
-from slurm_rollout.core.model import Job, Listing
+from slurm_rollout.backend import JobFacts, NodeFacts, StepRef, monotonic
+from slurm_rollout.core.model import Job, Listing, NodeWord
 from slurm_rollout.core.names import MARK, step_name
 from slurm_rollout.core.plan import FleetPlan, GroupPlan
 from slurm_rollout.slurm.srun import agent_argv
@@ -44,6 +44,9 @@ class LocalBackend:
 
     async def job(self) -> JobFacts:
         return JobFacts(job=Job.RUNNING, time_left_s=None)
+
+    async def nodes(self, names: Sequence[str]) -> Mapping[str, NodeFacts]:
+        return {name: NodeFacts(word=NodeWord.UP) for name in names}
 
     async def cancel(self, steps: Sequence[StepRef]) -> None:
         names = {s.name for s in steps}

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 AT_ONCE = 256
 """Connections that one check has open; a fleet has thousands of ports, a process often 1,024 descriptors."""
@@ -42,6 +42,32 @@ async def connectable(host: str, port: int, timeout_s: float) -> bool | None:
     accepted: bool = writer.get_extra_info("sockname") != writer.get_extra_info("peername")
     writer.transport.abort()
     return accepted
+
+
+async def answers(endpoints: Sequence[tuple[str, int]], timeout_s: float = 1.0) -> bool | None:
+    """Tell whether a host answers at all: a refused connection is an answer, one that times out is none.
+
+    None: not observed, because of trouble on this host.
+    """
+
+    async def check(host: str, port: int) -> bool | None:
+        started_at = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                _, writer = await asyncio.open_connection(host, port)
+        except ConnectionRefusedError:
+            return True
+        except TimeoutError:
+            return None if time.monotonic() - started_at > timeout_s + LATE_S else False
+        except OSError as error:
+            return None if isinstance(error, socket.gaierror) or error.errno in OWN_TROUBLE else False
+        writer.transport.abort()
+        return True
+
+    found = await asyncio.gather(*(check(host, port) for host, port in endpoints))
+    if True in found:
+        return True
+    return None if None in found else False
 
 
 async def open_ports(endpoints: Iterable[tuple[str, int]], timeout_s: float = 1.0) -> tuple[str, ...] | None:

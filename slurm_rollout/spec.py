@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from slurm_rollout.core.clients import SYNCING, TRAINING
 from slurm_rollout.core.hostlist import expand
 from slurm_rollout.core.model import PAGED_TYPES
+from slurm_rollout.core.placeholders import placeholders, used
 from slurm_rollout.core.placement import place
 from slurm_rollout.core.plan import (
     Counter,
@@ -34,7 +35,6 @@ from slurm_rollout.core.plan import (
 )
 from slurm_rollout.core.ports import HTTP, MASTER
 from slurm_rollout.core.request import Allocation, FleetRequest, PoolRequest
-from slurm_rollout.engines import command
 from slurm_rollout.errors import SpecError
 from slurm_rollout.spec_models import Env, Nodes, OnEvent, Pool, Probe, Restart, Spec, Table, merged
 
@@ -50,6 +50,8 @@ def fleet_request(spec: Spec) -> FleetRequest:
         count=spec.nodes.count,
         het_group=spec.nodes.het_group,
         spares=spec.nodes.spares,
+        lost_after_s=spec.nodes.lost_after_s,
+        max_node_failures=spec.nodes.max_failures,
         gpus_per_node=spec.nodes.gpus_per_node,
         slurm=SlurmSettings(srun_args=tuple(spec.slurm.srun_args), **spec.slurm.model_dump(exclude={"srun_args"})),
         heartbeat_s=spec.heartbeat_s,
@@ -341,9 +343,9 @@ def _engine_problems(spec: Spec, pool: Pool) -> Iterator[tuple[Loc, str]]:
     engine = pool.engine
     if not engine.argv[0]:
         yield ("engine", "argv", 0), "the name of a program"
-    known = command.placeholders(engine.ports)
+    known = placeholders(engine.ports)
     for i, argument in enumerate(engine.argv):
-        for name in command.used(argument):
+        for name in used(argument):
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {{{nearest[0]}}}?" if nearest else ""

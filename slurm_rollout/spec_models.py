@@ -32,6 +32,8 @@ class Nodes(Table):
     count: Count | None = None
     het_group: Annotated[int, Field(ge=0)] | None = None
     spares: Annotated[int, Field(ge=0)] = 0
+    lost_after_s: Seconds = 30.0
+    max_failures: Annotated[int, Field(ge=1)] = 2
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     address: Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]|\{node\})+$")] = "{node}"
 

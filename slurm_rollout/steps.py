@@ -32,9 +32,9 @@ from slurm_rollout.core.model import (
     Stop,
 )
 from slurm_rollout.core.names import MARK, mark, step_name
+from slurm_rollout.core.placeholders import command_line
 from slurm_rollout.core.plan import FleetPlan, GroupPlan, Member
 from slurm_rollout.core.srun_words import last_words
-from slurm_rollout.engines.command import at_launch
 from slurm_rollout.rundir import RunDir
 
 log = logging.getLogger("slurm_rollout")
@@ -105,6 +105,10 @@ class Steps:
         self._wake = wake
         self._umask = umask
         self._steps: dict[Key, _Step] = {}
+
+    def replan(self, plan: FleetPlan) -> None:
+        """From now on groups start where this plan has them."""
+        self._plan = plan
 
     # ------------------------------------------------------------------------------------------------ start and adopt
 
@@ -341,7 +345,7 @@ class Steps:
             "rank": member.rank,
             "local_rank": member.local_rank,
             "gpus": list(member.gpus),
-            "argv": list(at_launch(member.argv, key.incarnation)),
+            "argv": list(command_line(self._plan, group, member, key.incarnation)),
             "env": {
                 **pool.env.variables,
                 **member.variables,

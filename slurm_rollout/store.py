@@ -23,7 +23,7 @@ from typing import Any
 
 from slurm_rollout import proc
 from slurm_rollout.core import codec
-from slurm_rollout.core.model import ClientState, Event, GroupState, Request, RunState
+from slurm_rollout.core.model import ClientState, Event, GroupState, Place, Request, RunState
 from slurm_rollout.core.phases import Phase, Reason
 from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import CorruptFile, LeaseLost, StoreError
@@ -133,6 +133,7 @@ def load_state(
     same = (old.job, old.restart_count) == (job, restart_count) and boot_id == proc.boot_id()
     if not same:
         groups = [_fresh(g) for g in groups]
+        old = replace(old, nodes=(), lost_steps=())
     elif another_up:
         groups = [_begin_again(g) for g in groups]
     if not same or another_up:
@@ -173,6 +174,10 @@ def _read_state(run: RunDir) -> tuple[RunState, str] | None:
 def has_place(plan: FleetPlan, g: GroupState) -> bool:
     """Tell whether the plan has the group's steps where they were started. Their names count by the plan's order."""
     planned = next((group.nodes for group in plan.groups if group.id == g.id), ())
+    if g.places and len(g.places) == sum(len(p.members) for p in plan.groups if p.id == g.id):
+        if not {p.node for p in g.places} <= plan.hosts.keys():
+            return False
+        planned = tuple(dict.fromkeys(p.node for p in g.places))
     started = tuple(s.node for s in g.steps if not s.sweep)
     return started in ((), planned) and all(s.node in planned for s in g.steps)
 
@@ -189,14 +194,14 @@ def without_place(run: RunDir, plan: FleetPlan, *, job: str, restart_count: int)
     return tuple(g for g in found[0].groups if not has_place(plan, g))
 
 
-def _fresh(g: GroupState) -> GroupState:
-    return GroupState(id=g.id, incarnation=g.incarnation, restarts=g.restarts, changed=g.changed)
+def _fresh(g: GroupState, places: tuple[Place, ...] = ()) -> GroupState:
+    return GroupState(id=g.id, incarnation=g.incarnation, restarts=g.restarts, changed=g.changed, places=places)
 
 
 def _begin_again(g: GroupState) -> GroupState:
     """A new `up` in the same allocation: what ended starts over, what was being ended comes back after that."""
     if g.phase in (Phase.STOPPED, Phase.FAILED):
-        return _fresh(g)
+        return replace(_fresh(g, g.places), retired=g.retired)
     if g.phase is Phase.DRAINING:
         return replace(g, phase=Phase.STOPPING, goes_to=Phase.FENCING, charge=None)
     return g

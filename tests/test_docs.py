@@ -20,7 +20,7 @@ from slurm_rollout.core.barrier_rules import barrier_document
 from slurm_rollout.core.history import UNSEEN
 from slurm_rollout.core.model import EVENT_TYPES
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason, diagram
-from slurm_rollout.engines.command import PLACEHOLDERS
+from slurm_rollout.core.placeholders import PLACEHOLDERS
 from slurm_rollout.spec_models import Spec, Table
 from slurm_rollout.testing.world import World, make_plan
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from slurm_rollout.core import group as group_module
+from slurm_rollout.core import moves as moves_module
 from slurm_rollout.core.model import Cancel, ExitRecord, Go, GroupState, Job, Launch, Process, Stop
 from slurm_rollout.core.names import mark, step_name
 from slurm_rollout.core.phases import (
@@ -207,6 +208,27 @@ def draining_stopped(w: World) -> None:
     reach(w, P.STOPPED)
 
 
+def drain_node(w: World) -> None:
+    w.ask("drain", "n1")
+    w.tick()
+
+
+def fencing_pending(w: World) -> None:
+    """No node is left for it."""
+    w.make_ready()
+    drain_node(w)
+    reach(w, P.PENDING)
+
+
+def backoff_pending(w: World) -> None:
+    w.make_ready()
+    w.kill(G, 0)
+    w.heal(lambda: w.group().incarnation == 2 and phase(w) is P.READY)
+    w.kill(G, 0)
+    reach(w, P.BACKOFF)
+    drain_node(w)
+
+
 def stopped_fencing(w: World) -> None:
     draining_stopped(w)
     w.ask("resume", G)
@@ -228,6 +250,8 @@ SCENARIOS: dict[tuple[Phase, Phase], Callable[[World], None]] = {
     (P.PENDING, P.FENCING): pending_fencing,
     (P.PENDING, P.STOPPED): pending_stopped,
     (P.FENCING, P.BACKOFF): fencing_backoff,
+    (P.FENCING, P.PENDING): fencing_pending,
+    (P.BACKOFF, P.PENDING): backoff_pending,
     (P.FENCING, P.STARTING): fencing_starting,
     (P.FENCING, P.FAILED): fencing_failed,
     (P.FENCING, P.STOPPED): fencing_stopped,
@@ -264,7 +288,8 @@ def transitions_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[Phas
         seen.add((before, after))
 
     with monkeypatch.context() as patch:
-        patch.setattr(group_module, "check_transition", recording)
+        for module in (group_module, moves_module):
+            patch.setattr(module, "check_transition", recording)
         yield seen
 
 

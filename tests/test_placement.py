@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import tomllib
@@ -15,11 +16,11 @@ from hypothesis import strategies as st
 
 from slurm_rollout import allocation as allocations
 from slurm_rollout.core.hostlist import fold
+from slurm_rollout.core.placeholders import command_line, fill, placeholders, used
 from slurm_rollout.core.placement import nodes_needed
 from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.core.ports import PortDemand, assign
-from slurm_rollout.core.request import Allocation, MemberPlace
-from slurm_rollout.engines.command import CommandEngine, at_launch, fill, placeholders, used
+from slurm_rollout.core.request import Allocation
 from slurm_rollout.errors import SpecError, UsageError
 from slurm_rollout.spec import Spec, build_plan, fleet_request, parse_spec
 
@@ -503,6 +504,12 @@ def test_no_two_members_share_a_gpu_or_a_port(pools: list[tuple[int, int, int]])
         assert sum(g.cpus_per_step.get(node, 0) for g in fleet.groups) <= 64
 
 
+def lines(fleet: FleetPlan, group_id: str) -> list[tuple[str, ...]]:
+    """Return what starts each member of a group."""
+    group = fleet.group(group_id)
+    return [command_line(fleet, group, member, 1) for member in group.members]
+
+
 def test_every_member_is_told_its_own_place_and_the_leaders_address() -> None:
     argv = '["{rank}/{size}", "{local_rank}", "{node}", "{gpus}", "{master_addr}:{master_port}", "{http_port}"]'
     engine = f'engine = {{ kind = "command", argv = {argv} }}'
@@ -511,15 +518,15 @@ def test_every_member_is_told_its_own_place_and_the_leaders_address() -> None:
         + pool("a", 1, "gpus = 4")
         + pool("b", 1, "gpus = 8\nmembers_per_node = 2", engine)
     )
-    assert [m.argv for m in plan(text).group("b/0").members] == [
+    assert [lines(plan(text), "b/0")[rank] for rank in range(4)] == [
         ("0/4", "0", "n2", "0,1", "n2:18001", "18000"),
         ("1/4", "1", "n2", "2,3", "n2:18001", "18016"),
         ("2/4", "0", "n3", "0,1", "n2:18001", "18000"),
         ("3/4", "1", "n3", "2,3", "n2:18001", "18016"),
     ]
     assert [m.local_rank for m in plan(text).group("b/0").members] == [0, 1, 0, 1]
-    local = plan(text, allocations.local(spec(text)), "local").group("b/0")
-    assert [m.argv[4:] for m in local.members] == [("127.0.0.1:18017", str(18016 + 16 * n)) for n in range(4)]
+    local = plan(text, allocations.local(spec(text)), "local")
+    assert [line[4:] for line in lines(local, "b/0")] == [("127.0.0.1:18017", str(18016 + 16 * n)) for n in range(4)]
 
 
 # ----------------------------------------------------------------------------------------------- the command engine
@@ -536,12 +543,12 @@ def test_every_member_is_told_its_own_place_and_the_leaders_address() -> None:
         ("{{HOME}}", "{HOME}"),
         ("{{{rank}}}", "{{rank}}"),
         ("${rank} ${HOME}", "${rank} ${HOME}"),
-        ("{incarnation} {{incarnation}}", "{incarnation} {{incarnation}}"),
+        ("{incarnation} {{incarnation}}", "3 {incarnation}"),
         ("{ rank } {} {1} {rank", "{ rank } {} {1} {rank"),
     ],
 )
 def test_placeholders_are_filled_and_all_else_is_left(template: str, filled: str) -> None:
-    assert fill(template, {"rank": "1", "size": "4", "port.a-b": "9"}) == filled
+    assert fill(template, {"rank": "1", "size": "4", "port.a-b": "9", "incarnation": "3"}) == filled
 
 
 @pytest.mark.parametrize(
@@ -558,37 +565,29 @@ def test_the_placeholders_of_an_argument(argument: str, names: tuple[str, ...]) 
 
 
 def test_the_incarnation_is_filled_at_launch() -> None:
-    planned = [
-        fill(a, {"rank": "0"}) for a in ("--log={incarnation}/{rank}", "{{incarnation}}", "{{rank}}", "${incarnation}")
-    ]
-    assert at_launch(planned, 3) == ("--log=3/0", "{incarnation}", "{rank}", "${incarnation}")
+    engine = 'engine = { kind = "command", argv = ["--log={incarnation}/{rank}", "{{incarnation}}", "${incarnation}"] }'
+    fleet = plan(pool("a", 1, "gpus = 8", engine))
+    group = fleet.groups[0]
+    assert command_line(fleet, group, group.members[0], 3) == ("--log=3/0", "{incarnation}", "${incarnation}")
 
 
 def test_every_documented_placeholder_has_a_value() -> None:
     names = placeholders(["session"])
-    place = MemberPlace(
-        rank=3,
-        size=4,
-        local_rank=1,
-        node="n2",
-        node_ip="10.0.0.2",
-        gpus=(4, 5),
-        master_addr="n1",
-        master_port=18001,
-        ports={"http": 18016, "master": 18017, "session": 18018},
-    )
-    engine = CommandEngine(template=tuple(f"{{{name}}}" for name in names), port_names=("session",))
-    assert dict(zip(names, engine.argv(place), strict=True)) == {
+    argv = json.dumps([f"{{{name}}}" for name in names])
+    engine = f'engine = {{ kind = "command", argv = {argv}, ports = ["session"] }}'
+    fleet = plan("[nodes]\ngpus_per_node = 4\n" + pool("a", 1, "gpus = 8\nmembers_per_node = 2", engine))
+    group = fleet.groups[0]
+    assert dict(zip(names, command_line(fleet, group, group.members[3], 2), strict=True)) == {
         "rank": "3",
         "size": "4",
         "local_rank": "1",
         "node": "n2",
-        "node_ip": "10.0.0.2",
-        "gpus": "4,5",
+        "node_ip": "ip-of-n2",
+        "gpus": "2,3",
         "master_addr": "n1",
         "master_port": "18001",
         "http_port": "18016",
-        "incarnation": "{incarnation}",
+        "incarnation": "2",
         "port.session": "18018",
     }
 
@@ -602,9 +601,9 @@ def test_entrypoints() -> None:
 def test_a_node_without_a_usable_address_keeps_its_name_and_is_told() -> None:
     engine = 'engine = { kind = "command", argv = ["s", "{node_ip}"] }'
     text = "[nodes]\ncount = 2\n" + pool("a", 1, "gpus = 16", engine)
-    assert [m.argv[1] for m in plan(text).groups[0].members] == ["ip-of-n7", "ip-of-n8"]
+    assert [line[1] for line in lines(plan(text), "a/0")] == ["ip-of-n7", "ip-of-n8"]
     unknown = allocations.from_args("n[7-8]", gpus_per_node=8, resolve=lambda n: "10.0.0.7" if n == "n7" else None)
-    assert [m.argv[1] for m in plan(text, unknown).groups[0].members] == ["10.0.0.7", "n8"]
+    assert [line[1] for line in lines(plan(text, unknown), "a/0")] == ["10.0.0.7", "n8"]
     assert "pool a uses {node_ip}, and no address of n8 was found here" in warnings(text, unknown)
     assert "node_ip" not in warnings(text)
 
@@ -621,9 +620,10 @@ def test_nodes_can_have_an_address_that_is_not_their_name() -> None:
 
     text = pool("a", 1, "gpus = 16", ENGINE.replace('"{http_port}"', '"{node_ip}"')) + '[nodes]\naddress = "{node}-ib0"'
     found = allocations.from_args("n[1-2]", address=spec(text).nodes.address, gpus_per_node=8, resolve=resolve)
-    group = plan(text, found).groups[0]
+    fleet = plan(text, found)
+    group = fleet.groups[0]
     assert [m.url for m in group.members] == ["http://n1-ib0:18000", "http://n2-ib0:18000"]
-    assert group.members[0].argv == ("serve", "10.0.0.1")
+    assert lines(fleet, "a/0")[0] == ("serve", "10.0.0.1")
     assert group.master_address == "n1-ib0"
     assert group.nodes == ("n1", "n2")
     assert sorted(asked) == ["n1-ib0", "n2-ib0"]

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from slurm_rollout import proc
-from slurm_rollout.backend import JobFacts, StepRef, monotonic
+from slurm_rollout.backend import JobFacts, NodeFacts, StepRef, monotonic
 from slurm_rollout.core.model import (
     Cancel,
     ExitRecord,
@@ -89,6 +89,9 @@ class FakeBackend:
         raise AssertionError("nobody asked")
 
     async def job(self) -> JobFacts:
+        raise AssertionError("nobody asked")
+
+    async def nodes(self, names: Sequence[str]) -> Mapping[str, NodeFacts]:
         raise AssertionError("nobody asked")
 
     async def cancel(self, steps: Sequence[StepRef]) -> None:

@@ -15,9 +15,9 @@ from slurm_rollout.cli import add_help
 from slurm_rollout.core.bounds import Bound, recovery_bound
 from slurm_rollout.core.hostlist import fold
 from slurm_rollout.core.names import MARK, mark
+from slurm_rollout.core.placeholders import command_line
 from slurm_rollout.core.plan import FleetPlan, GroupPlan, Member
 from slurm_rollout.core.request import Allocation
-from slurm_rollout.engines.command import at_launch
 from slurm_rollout.errors import UsageError
 from slurm_rollout.rundir import RunDir, default_run_dir
 from slurm_rollout.slurm.srun import step_argv
@@ -137,7 +137,7 @@ def _group_json(plan: FleetPlan, group: GroupPlan, job: str) -> dict[str, Any]:
                 "ports": dict(m.ports),
                 "entrypoint": m.entrypoint,
                 "url": m.url,
-                "argv": list(at_launch(m.argv, INCARNATION)),
+                "argv": list(command_line(plan, group, m, INCARNATION)),
             }
             for m in group.members
         ],
@@ -261,7 +261,7 @@ def _step(plan: FleetPlan, group: GroupPlan, node: str, job: str) -> Iterator[st
     if srun is not None:
         yield f"    {_shell(srun)}"
     for m in group.on(node):
-        yield f"    rank {m.rank}: {_shell(at_launch(m.argv, INCARNATION))}"
+        yield f"    rank {m.rank}: {_shell(command_line(plan, group, m, INCARNATION))}"
 
 
 def _shell(argv: Sequence[str]) -> str:

@@ -59,8 +59,8 @@ def barrier_document(
     kept = {p.name: keeps_from_starting(plan, run, p, now) for p in plan.pools}
     degraded = run.phase is PoolPhase.READY and any(v.reason == "degraded" for v in views)
     reason = "degraded" if degraded else next((v.reason for v in views if v.phase is run.phase and v.reason), "")
-    if run.phase is PoolPhase.FAILED:
-        reason = "budget_spent"  # also when the pools only say by now that the run is over
+    if run.phase is PoolPhase.FAILED and not any(v.phase is PoolPhase.FAILED for v in views):
+        reason = "budget_spent"  # the pools only say by now that the run is over
     return {
         "schema": SCHEMA,
         "run": plan.name,

@@ -5,17 +5,21 @@ Deterministic, total, and idempotent: with nothing new in the observation, decid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from slurm_rollout.core import barrier_rules, clients
-from slurm_rollout.core.group import Context, Out, advance, has_living_steps, stop, to
+from slurm_rollout.core import barrier_rules, clients, moves, nodes
+from slurm_rollout.core.group import Context, Out, advance, ended, has_living_steps, stop, to
 from slurm_rollout.core.model import (
+    Action,
     Decision,
     Event,
+    Exclusion,
     GroupObservation,
     GroupState,
     Job,
     Marks,
+    NodeState,
     Observation,
     Process,
     Request,
@@ -28,15 +32,23 @@ from slurm_rollout.core.plan import FleetPlan
 
 
 def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
-    """Return what `run` becomes in view of `obs`, and the actions, events and questions that follow."""
+    """Return what `run` becomes in view of `obs`, and the actions, events and questions that follow.
+
+    `plan` is the one that the run began with, whatever moved since.
+    """
+    first_plan, plan = plan, moves.placed(plan, run)
     events: list[Event] = []
     run = _heed(plan, run, obs, events)
     run = clients.heed(plan, run, obs, events)
-    contexts = _contexts(plan, run, obs)
     run = _note_blindness(run, obs, events)
+    contexts = _contexts(plan, run, obs)
+    run, wants = nodes.heed(plan, run, obs, _suspects(run, contexts, obs), events)
+    contexts = {name: replace(c, lost=nodes.lost(run), excluded=moves.excluded(run)) for name, c in contexts.items()}
 
-    actions, ports, want_listing, want_job = [], [], False, False
-    wake_at: float | None = None
+    actions: list[Action] = [] if wants.cancel is None else [wants.cancel]
+    ports, want_listing, want_job = [], wants.listing, False
+    lost_steps, failed_on, fine_on = list(run.lost_steps), [], []
+    wake_at = wants.wake_at
     groups = []
     for before in run.groups:
         ctx, out = contexts[before.id], Out()
@@ -50,12 +62,20 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
         events += out.events
         want_listing |= out.want_listing
         want_job |= out.want_job
+        lost_steps += out.lost_steps
+        failed_on += out.failed_on
+        fine_on += out.fine_on
         if out.want_ports and g.phase is Phase.FENCING:
             ports.append(g.id)
         if out.wake_at is not None:
             wake_at = out.wake_at if wake_at is None else min(wake_at, out.wake_at)
 
-    after = _suspect_self(replace(run, groups=tuple(groups)), contexts, obs, events)
+    after = replace(run, groups=tuple(groups), lost_steps=tuple(lost_steps))
+    after = _suspect_self(after, contexts, obs, events)
+    after = nodes.count_failures(plan, after, obs, failed_on, fine_on, events)
+    settled = moves.settle(first_plan, after, obs, events)
+    if settled is not after:  # who moved, or waits no longer, goes on at once
+        after, wake_at = settled, obs.now
     after = clients.answer(plan, after, obs, events)
     for at in clients.next_change_at(plan, after):
         if at > obs.now:
@@ -68,7 +88,9 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
         state=after,
         actions=tuple(actions),
         events=tuple(events),
-        wants=Wants(ports=tuple(ports), listing=want_listing, job=want_job),
+        wants=Wants(
+            ports=tuple(ports), listing=want_listing, job=want_job, nodes=wants.nodes, reach=tuple(sorted(wants.reach))
+        ),
         wake_at=wake_at,
     )
 
@@ -110,8 +132,10 @@ def _heed_request(plan: FleetPlan, run: RunState, obs: Observation, request: Req
     if request.verb not in ("restart", "drain", "resume"):
         events.append(_answer(request, "request_refused", f"unknown verb {request.verb!r}"))
         return run
+    if request.groups and all(name in plan.nodes for name in request.groups):
+        return _heed_node_request(plan, run, obs, request, events)
     if unknown or not request.groups:
-        said = f"no group {', '.join(unknown)}" if unknown else "no group named"
+        said = f"no group and no node {', '.join(unknown)}" if unknown else "no group named"
         events.append(_answer(request, "request_refused", f"{said}; groups: {', '.join(sorted(known))}"))
         return run
     if run.ending:
@@ -128,6 +152,43 @@ def _heed_request(plan: FleetPlan, run: RunState, obs: Observation, request: Req
                 events.append(_answer(request, "request", f"{g.id}: {said}"))
         groups.append(g)
     return replace(run, groups=tuple(groups))
+
+
+def _heed_node_request(
+    plan: FleetPlan, run: RunState, obs: Observation, request: Request, events: list[Event]
+) -> RunState:
+    """`drain NODE`: nothing is started there any more, and what runs there moves. `resume NODE`: it is used again."""
+    by = f"{request.verb}, asked by {request.who or 'somebody'}"
+    if request.verb == "restart" or run.ending:
+        why = "the run is ending" if run.ending else "a node cannot be restarted: name a group, or drain the node"
+        events.append(_answer(request, "request_refused", why))
+        return run
+    for name in request.groups:
+        node = run.node(name)
+        if request.verb == "resume":
+            said = f"is used again (it was {node.excluded})" if node.excluded else "is in use already: nothing to do"
+            if node.excluded is Exclusion.GONE:
+                said = "is not in the job any more, and cannot be used again in this one: nothing to do"
+            elif node.excluded:
+                run = nodes.remember(run, NodeState(name=name, draining=node.draining))
+        elif node.excluded:
+            said = f"is excluded already: {node.message}"
+        else:
+            run = nodes.remember(run, nodes.exclude(obs, node, Exclusion.DRAINED, by, events))
+            run, moved = _vacate(plan, run, obs, name, by)
+            said = f"is not used any more; {', '.join(moved) or 'no group'} moves away from it"
+        events.append(_answer(request, "request", f"{name}: {said}"))
+    return run
+
+
+def _vacate(plan: FleetPlan, run: RunState, obs: Observation, node: str, by: str) -> tuple[RunState, list[str]]:
+    contexts, groups, moved = _contexts(plan, run, obs), [], []
+    for g in run.groups:
+        if node in plan.group(g.id).nodes and g.phase in (Phase.READY, Phase.UNREADY, Phase.STARTING):
+            g = stop(contexts[g.id], g, Reason.OPERATOR, by, drain=False)
+            moved.append(g.id)
+        groups.append(g)
+    return replace(run, groups=tuple(groups)), moved
 
 
 def _obey(ctx: Context, g: GroupState, request: Request) -> tuple[GroupState, str]:
@@ -186,6 +247,25 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
         for pool in plan.pools
         for group in pool.groups
     }
+
+
+def _suspects(run: RunState, contexts: Mapping[str, Context], obs: Observation) -> dict[str, nodes.Trouble]:
+    """Return the nodes with a step that does not end although it was told to, or on which a launch just failed."""
+    found: dict[str, nodes.Trouble] = {}
+    for g in run.groups:
+        ctx = contexts[g.id]
+        sent_at = g.stop_sent_at
+        if sent_at is not None and obs.now >= sent_at + ctx.pool.stop.grace_s + ctx.pool.stop.cancel_after_s:
+            for step in ctx.seen.steps:
+                if ended(ctx, g, step) is not True:
+                    known = found.get(step.node)
+                    since = min(sent_at, known.since) if known is not None and known.step_lives else sent_at
+                    found[step.node] = nodes.Trouble(since=since, step_lives=True)
+        charge = g.charge
+        if g.phase in (Phase.FENCING, Phase.BACKOFF) and charge is not None and charge.reason is Reason.LAUNCH_FAILED:
+            found.setdefault(charge.node, nodes.Trouble(since=charge.at, step_lives=False))
+    found.pop("", None)
+    return found
 
 
 def _most_time_out(plan: FleetPlan, run: RunState, seen: dict[str, GroupObservation]) -> bool:

@@ -22,6 +22,7 @@ from slurm_rollout.core.model import (
     GroupState,
     Job,
     Launch,
+    LostStep,
     Marks,
     Observation,
     Process,
@@ -47,6 +48,9 @@ _NO_STEPS: dict[str, Any] = {
 
 _HANGS = frozenset({Reason.NOT_ANSWERING, Reason.ANSWERS_ERROR, Reason.START_TIMEOUT})
 """Failures of engines whose processes still run: what these are doing is the only evidence of what went wrong."""
+
+_OF_THE_NODE = frozenset({Reason.LAUNCH_FAILED, Reason.PORT_BUSY, Reason.LEFTOVER_PROCESS, Reason.GPU_MEMORY})
+"""Failures that may come of the node, not of the engine; only they can have it excluded."""
 
 SNAPSHOT_MARGIN_S = 0.5
 """So much longer than the agents take at most for a snapshot their word is waited for."""
@@ -75,6 +79,8 @@ class Context:
     ask_agents: bool = False  # most groups time out at once: only what the agents see too counts
     others_live: bool = True  # another group has living steps, so the job is not ending
     kept: str = ""  # why a trainer's client keeps its pool's groups from starting
+    lost: frozenset[str] = frozenset()  # nodes whose steps are not waited for
+    excluded: frozenset[str] = frozenset()  # nodes on which nothing is started
 
 
 @dataclass(slots=True)
@@ -86,6 +92,9 @@ class Out:
     want_ports: bool = False
     want_listing: bool = False
     want_job: bool = False
+    lost_steps: list[LostStep] = field(default_factory=list)  # left behind on lost nodes
+    failed_on: list[str] = field(default_factory=list)  # nodes that a launch or check failed on
+    fine_on: list[str] = field(default_factory=list)  # nodes on which a group became ready
     wake_at: float | None = None
 
     def wake(self, at: float) -> None:
@@ -157,6 +166,8 @@ def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bo
             detect_s=_detect_s(ctx, failure),
         )
     )
+    if charged and failure.reason in _OF_THE_NODE and failure.node:
+        out.failed_on.append(failure.node)
     g = replace(
         g,
         failure=failure,
@@ -232,15 +243,24 @@ def has_living_steps(seen: GroupObservation) -> bool:
 
 
 def _pending(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    if g.reason is Reason.NO_NODE:
+        return g  # `moves` finds it one
     return to(ctx, g, Phase.FENCING, Reason.FIRST_START)
 
 
 def _fencing(ctx: Context, g: GroupState, out: Out) -> GroupState:
     """Ports first, by connecting; what still accepts is swept by a step on its node, which also names the holder."""
     now = ctx.obs.now
+    sweeps = [s for s in ctx.seen.steps if s.sweep]
+    if away := ctx.excluded.intersection(ctx.group.nodes):
+        if left := _left_behind(ctx, g, out, [s for s in sweeps if ended(ctx, g, s) is not True]):
+            g = _blame_nodes(g, left)
+        if living := _not_ended(ctx, g, sweeps, out):
+            return _end_steps(ctx, g, out, living)
+        # Before the next launch it moves away from there.
+        return replace(g, message=f"leaves {', '.join(sorted(away))}", **_NO_STEPS)
     out.want_ports = True
     deadline = g.since + ctx.pool.fence.timeout_s
-    sweeps = [s for s in ctx.seen.steps if s.sweep]
     sweeping = _not_ended(ctx, g, sweeps, out)
     busy = ctx.seen.ports_open
     if busy is None or not _all_seen(ctx, g):
@@ -256,6 +276,7 @@ def _fencing(ctx: Context, g: GroupState, out: Out) -> GroupState:
         failure = Failure(
             reason=Reason.PORT_BUSY,
             message=f"not free after {ctx.pool.fence.timeout_s:g} s: {message}",
+            node=next((n for n in ctx.group.nodes if any(b in busy for b in _ports_on(ctx, n))), ""),
             incarnation=g.incarnation,
             at=now,
             wall=ctx.obs.wall,
@@ -406,6 +427,7 @@ def _ready(ctx: Context, g: GroupState, out: Out) -> GroupState:
             launch_s=took(marks.launched_at, marks.go_at),
         )
     )
+    out.fine_on += ctx.group.nodes
     return to(ctx, g, Phase.READY, Reason.NONE, marks=marks)
 
 
@@ -439,13 +461,17 @@ def _stopping(ctx: Context, g: GroupState, out: Out) -> GroupState:
         return g
     if living or not _all_seen(ctx, g):
         return _end_steps(ctx, g, out, living)
+    left = _left_behind(ctx, g, out, [s for s in ctx.seen.steps if ended(ctx, g, s) is not True])
+    if left and g.phase is Phase.STOPPING:
+        g = _blame_nodes(g, left)
     if g.goes_to is Phase.FAILED and g.phase is Phase.STOPPING and not _job_goes_on(ctx, g, out):
         return replace(g, message=ASKING)
     now = ctx.obs.now
     since = g.marks.seen_at if g.marks.seen_at is not None else g.since
     g = replace(_excuse(ctx, g), marks=replace(g.marks, stopped_at=now, fenced_at=None), **_NO_STEPS)
     if g.incarnation:
-        out.events.append(event(g, "stopped", "every step ended", stop_s=round(now - since, 3)))
+        message = f"every step ended, but for {', '.join(left)}: lost" if left else "every step ended"
+        out.events.append(event(g, "stopped", message, stop_s=round(now - since, 3)))
     if g.phase is Phase.DRAINING:
         out.events.append(event(g, "drained", g.message))
         return to(ctx, g, Phase.STOPPED, g.reason, g.message)
@@ -543,13 +569,43 @@ def _not_ended(ctx: Context, g: GroupState, steps: Any, out: Out) -> list[StepOb
     """Return the steps that live or may live; for those that may, ask for a listing."""
     living = []
     for step in steps:
-        verdict = ended(ctx, g, step)
-        if verdict is True:
+        if ended(ctx, g, step) is True or step.node in ctx.lost:
             continue
         living.append(step)
         if step.process is not Process.RUNNING:
             out.want_listing = True
     return living
+
+
+def _left_behind(ctx: Context, g: GroupState, out: Out, living: list[StepObservation]) -> list[str]:
+    """Hand over the steps that nobody can end; return their nodes."""
+    out.lost_steps += (
+        LostStep(
+            group=g.id,
+            incarnation=g.incarnation,
+            node=step.node,
+            name=step_name(ctx.plan, g.id, g.incarnation, step.node, sweep=step.sweep),
+            pid=step.pid,
+        )
+        for step in living
+    )
+    return [step.node for step in living]
+
+
+def _blame_nodes(g: GroupState, nodes: list[str]) -> GroupState:
+    """The engine did not fail, its node did: no budget counts that."""
+    message = f"{', '.join(nodes)} is lost"
+    failure = g.failure and replace(g.failure, reason=Reason.NODE_LOST, message=f"{message}; seen: {g.failure.message}")
+    return replace(
+        g,
+        failure=failure,
+        charge=None,
+        goes_to=Phase.FENCING,
+        reason=Reason.NODE_LOST,
+        message=message,
+        not_before=0.0,
+        node_failures=g.node_failures + 1,
+    )
 
 
 def _end_steps(ctx: Context, g: GroupState, out: Out, living: list[StepObservation]) -> GroupState:

@@ -53,6 +53,14 @@ class Marks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where one member runs since its group moved."""
+
+    node: str
+    ports: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupState:
     """All that is remembered of one group."""
 
@@ -80,6 +88,46 @@ class GroupState:
     slow: bool = False  # answers late, progresses: an event, never a restart
     weights_version: int | None = None  # that the trainer acknowledged for this incarnation
     changed: int = 0  # the epoch in which an incarnation of it last came or went
+    places: tuple[Place, ...] = ()  # by rank; empty: where the plan has it (`core.moves`)
+    retired: tuple[str, ...] = ()  # "address:port" that an incarnation on a lost node may still use
+    node_failures: int = 0  # incarnations that ended with a node; no budget counts them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostStep:
+    """A step that was on a node when that was lost. It may live; it is cancelled when the node is back."""
+
+    group: str
+    incarnation: int
+    node: str
+    name: str
+    pid: int | None = None
+    cancel_sent_at: float | None = None
+
+
+class Exclusion(StrEnum):
+    """Why a node is not used."""
+
+    NONE = ""
+    LOST = "lost"  # silent, or down for Slurm, with a step on it that could not be ended
+    GONE = "gone"  # Slurm took it out of the job: it does not come back in this one
+    STUCK = "stuck"  # it answers, and a step there does not end
+    FAILING = "failing"  # launches or checks failed there again and again
+    DRAINED = "drained"  # an operator wants it so
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeState:
+    """What is remembered of a node that is not as it should be."""
+
+    name: str
+    excluded: Exclusion = Exclusion.NONE
+    message: str = ""
+    since: float = 0.0
+    since_wall: float = 0.0
+    back: bool = False  # it was lost, answers again, and nothing of before lives on it
+    failures: int = 0  # launches and checks in a row that failed on it
+    draining: str = ""  # Slurm's reason, while Slurm drains it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +158,8 @@ class RunState:
     groups: tuple[GroupState, ...] = ()
     serving: tuple[tuple[str, int], ...] = ()  # (group, incarnation) that may serve in this epoch
     alive: tuple[tuple[str, int], ...] = ()  # that have URLs in it: those that serve, and the stale ones
+    nodes: tuple[NodeState, ...] = ()
+    lost_steps: tuple[LostStep, ...] = ()
     clients: tuple[ClientState, ...] = ()
     paused: tuple[str, ...] = ()  # pools of whose engines nothing is asked, because a client said so
     pauses: Mapping[str, int] = field(default_factory=dict)  # pool -> how often that began
@@ -129,6 +179,10 @@ class RunState:
             if group.id == group_id:
                 return group
         raise KeyError(group_id)
+
+    def node(self, name: str) -> NodeState:
+        """Return what is remembered of a node; of most there is nothing to remember."""
+        return next((n for n in self.nodes if n.name == name), NodeState(name=name))
 
 
 # --------------------------------------------------------------------------------------------------------- observation
@@ -217,6 +271,29 @@ class Listing:
     pids: frozenset[int]
 
 
+class NodeWord(StrEnum):
+    """What Slurm says of a node."""
+
+    UNKNOWN = ""
+    UP = "up"
+    DRAINING = "draining"  # it goes on with what it has
+    SILENT = "silent"  # not responding, and not yet given up
+    DOWN = "down"
+    GONE = "gone"  # not in the job any more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeObservation:
+    """One node, as seen from here and by Slurm."""
+
+    name: str
+    answered_at: float | None = None  # a connection to it was last accepted or refused
+    silent_s: float = 0.0  # for so long since then every connection was tried in vain
+    word: NodeWord = NodeWord.UNKNOWN
+    reason: str = ""  # Slurm's
+    asked_at: float | None = None  # when the question was asked that `word` answers
+
+
 class Job(StrEnum):
     RUNNING = "running"
     ENDING = "ending"
@@ -229,7 +306,7 @@ class Request:
 
     id: str
     verb: str  # "restart", "drain", "resume", "stop"
-    groups: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()  # or names of nodes
     who: str = ""
 
 
@@ -262,6 +339,7 @@ class Observation:
     now: float
     wall: float
     groups: tuple[GroupObservation, ...] = ()
+    nodes: tuple[NodeObservation, ...] = ()  # of those that were looked at
     listing: Listing | None = None  # the newest valid one
     listing_failed_at: float | None = None  # the newest question that got no valid answer
     job: Job = Job.UNKNOWN
@@ -272,6 +350,10 @@ class Observation:
 
     def group(self, group_id: str) -> GroupObservation | None:
         return next((g for g in self.groups if g.id == group_id), None)
+
+    def node(self, name: str) -> NodeObservation:
+        """Return what was seen of a node; a value without facts where it was not looked at."""
+        return next((n for n in self.nodes if n.name == name), NodeObservation(name=name))
 
 
 # ------------------------------------------------------------------------------------------------------------- actions
@@ -323,19 +405,28 @@ class Cancel:
     nodes: tuple[str, ...]
 
 
-Action = Launch | Go | Snapshot | Stop | Cancel
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelLost:
+    """A lost node answers again: what still lives on it of before is cancelled."""
+
+    steps: tuple[LostStep, ...]
+
+
+Action = Launch | Go | Snapshot | Stop | Cancel | CancelLost
 
 
 EVENT_TYPES = (
     *("up", "takeover", "launching", "go", "ready", "fence_waits", "slow", "unready", "failure", "snapshot", "stopped"),
     *("fenced", "waiting", "failed", "blind", "sighted", "epoch", "weights", "ack_refused", "phase", "hold"),
     *("hold_expired", "probes", "request", "request_refused", "ending", "drained", "ended"),
+    *("node_excluded", "node_back", "node_draining", "moved"),
 )
 """Every type of event; docs/troubleshooting.md says what each means."""
 
 PAGED_TYPES = (
     *("up", "takeover", "ready", "unready", "failure", "failed", "fence_waits", "blind", "sighted", "request"),
     *("request_refused", "ack_refused", "hold_expired", "ending", "ended"),
+    *("node_excluded", "node_back", "node_draining", "moved"),
 )
 """What `on_event` is told of unless the spec says otherwise: all but a recovery's stages and the trainer's routine."""
 
@@ -361,6 +452,8 @@ class Wants:
     ports: tuple[str, ...] = ()  # groups whose ports to connect to
     listing: bool = False
     job: bool = False
+    nodes: bool = False  # what Slurm says of the fleet's nodes
+    reach: tuple[str, ...] = ()  # nodes to connect to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from enum import StrEnum
 class Phase(StrEnum):
     """Where a group stands. The value is what every file and table shows."""
 
-    PENDING = "pending"  # not started yet in this run
+    PENDING = "pending"  # not started yet in this run, or without a node to start on
     FENCING = "fencing"  # nothing of it lives; its ports are checked, leftovers are ended
     BACKOFF = "backoff"  # fenced; waits before the next incarnation
     STARTING = "starting"  # steps launched: agents fence their nodes, go, engines load, readiness is proved
@@ -55,14 +55,17 @@ class Reason(StrEnum):
     JOB_ENDING = "job_ending"
     TAKEOVER = "takeover"  # a start that a coordinator's death interrupted before it was complete
     BUDGET_SPENT = "budget_spent"
+    NODE_LOST = "node_lost"
+    NODE_EXCLUDED = "node_excluded"  # it moves away from a node that fails again and again, or that an operator drains
+    NO_NODE = "no_node"  # none is left that it could run on
 
 
 P = Phase
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     P.PENDING: frozenset({P.FENCING, P.STOPPED}),
-    P.FENCING: frozenset({P.BACKOFF, P.STARTING, P.FAILED, P.STOPPED, P.DRAINING}),
-    P.BACKOFF: frozenset({P.FENCING, P.STOPPED}),  # time passed: the ports are looked at once more
+    P.FENCING: frozenset({P.BACKOFF, P.STARTING, P.PENDING, P.FAILED, P.STOPPED, P.DRAINING}),
+    P.BACKOFF: frozenset({P.FENCING, P.PENDING, P.STOPPED}),  # time passed: the ports are looked at once more
     P.STARTING: frozenset({P.READY, P.STOPPING, P.DRAINING}),
     P.READY: frozenset({P.UNREADY, P.STOPPING, P.DRAINING}),
     P.UNREADY: frozenset({P.READY, P.STOPPING, P.DRAINING}),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from slurm_rollout.core.hostlist import fold
-from slurm_rollout.core.plan import FleetPlan, GroupPlan, Member, PoolPlan
+from slurm_rollout.core.plan import FleetPlan, GroupPlan, Host, Member, PoolPlan, PortBlocks
 from slurm_rollout.core.ports import HTTP, MASTER, PortDemand, assign, ephemeral_warnings
 from slurm_rollout.core.request import Allocation, FleetRequest, MemberPlace, PoolRequest
 from slurm_rollout.errors import SpecError
@@ -189,7 +189,7 @@ def place(
     seats = layout(request.pools, gpus_per_node)
     _check_enough(request, seats, usable)
     drafts = [
-        _draft(pool, index, group_seats, usable, allocation)
+        _draft(pool, index, group_seats, usable, allocation, shares_nodes=shape(pool, gpus_per_node).shares)
         for pool, pool_seats in zip(request.pools, seats, strict=True)
         for index, group_seats in enumerate(pool_seats)
     ]
@@ -212,6 +212,7 @@ def place(
             gpus_per_step={node: gpus_per_node if gpus else 0 for node, gpus in draft.gpus.items()},
             # A trainer on the same nodes (or, in a rehearsal, another virtual node) may hold memory of the same GPU.
             unshared_gpus=bool(trainer) and any(draft.gpus.values()),
+            shares_nodes=draft.shares_nodes,
         )
         for draft in drafts
     ]
@@ -220,11 +221,22 @@ def place(
         backend=backend,
         pools=tuple(_pool_plan(p, tuple(g for g in groups if g.pool == p.name)) for p in request.pools),
         nodes=fleet,
+        hosts={
+            node: Host(
+                address=allocation.addresses[node],
+                ip=allocation.ips.get(node, allocation.addresses[node]),
+                cpus=allocation.cpus[node],
+                gpus=allocation.gpus[node] if request.gpus_per_node is None else request.gpus_per_node,
+            )
+            for node in fleet
+        },
         spares=fleet[len(usable) :],
         trainer_nodes=trainer or allocation.nodes,
         het_group=allocation.het_groups.get(fleet[0]),
         het_job=allocation.het_jobs[allocation.het_groups[fleet[0]]] if allocation.het_jobs else "",
         slurm=request.slurm,
+        lost_after_s=request.lost_after_s,
+        max_node_failures=request.max_node_failures,
         heartbeat_s=request.heartbeat_s,
         audit_s=request.audit_s,
         degraded_timeout_s=request.degraded_timeout_s,
@@ -246,10 +258,17 @@ class _Draft:
     gpus: Mapping[str, int]  # node -> how many of its GPUs are the group's
     places: tuple[tuple[str, int, tuple[int, ...]], ...]  # node, local rank, GPUs; by rank
     demands: tuple[PortDemand, ...]
+    shares_nodes: bool
 
 
 def _draft(
-    pool: PoolRequest, index: int, seats: tuple[Seat, ...], nodes: Sequence[str], allocation: Allocation
+    pool: PoolRequest,
+    index: int,
+    seats: tuple[Seat, ...],
+    nodes: Sequence[str],
+    allocation: Allocation,
+    *,
+    shares_nodes: bool,
 ) -> _Draft:
     group = f"{pool.name}/{index}"
     places = []
@@ -270,24 +289,14 @@ def _draft(
         for rank, (node, _, _) in enumerate(places)
     )
     gpus_on = {nodes[seat.node]: len(seat.gpus) for seat in seats}
-    return _Draft(id=group, pool=pool, gpus=gpus_on, places=tuple(places), demands=demands)
+    return _Draft(id=group, pool=pool, gpus=gpus_on, places=tuple(places), demands=demands, shares_nodes=shares_nodes)
 
 
 def _members(draft: _Draft, ports: Sequence[Mapping[str, int]], allocation: Allocation) -> tuple[Member, ...]:
     engine = draft.pool.engine
     members = []
     for rank, (node, local_rank, gpus) in enumerate(draft.places):
-        facts = MemberPlace(
-            rank=rank,
-            size=len(draft.places),
-            local_rank=local_rank,
-            node=node,
-            node_ip=allocation.ips.get(node, allocation.addresses[node]),
-            gpus=gpus,
-            master_addr=allocation.addresses[draft.places[0][0]],
-            master_port=ports[0][MASTER],
-            ports=ports[rank],
-        )
+        place = MemberPlace(rank=rank, size=len(draft.places), local_rank=local_rank, gpus=gpus)
         members.append(
             Member(
                 rank=rank,
@@ -297,8 +306,8 @@ def _members(draft: _Draft, ports: Sequence[Mapping[str, int]], allocation: Allo
                 ports=ports[rank],
                 entrypoint=engine.is_entrypoint(rank),
                 url=f"http://{allocation.addresses[node]}:{ports[rank][HTTP]}",
-                argv=engine.argv(facts),
-                variables=engine.variables(facts),
+                argv=engine.argv(place),
+                variables=engine.variables(place),
             )
         )
     return tuple(members)
@@ -312,6 +321,7 @@ def _pool_plan(pool: PoolRequest, groups: tuple[GroupPlan, ...]) -> PoolPlan:
         weights=pool.weights,
         engine=pool.engine.kind,
         named_ports=pool.engine.port_names,
+        ports=PortBlocks(base=pool.port_base, stride=pool.port_stride),
         env=pool.env,
         probe=pool.probe,
         restart=pool.restart,

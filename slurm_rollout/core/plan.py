@@ -92,8 +92,26 @@ class Environment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PortBlocks:
+    """Each member has `stride` ports in a row on its address; the first block begins at `base`."""
+
+    base: int = 18000
+    stride: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A node of the fleet, as the allocation has it."""
+
+    address: str  # the host part of its URLs
+    ip: str  # one that other nodes can use; the address where none was found
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One server process of a group, complete but for `{incarnation}` in its argv, known only at launch."""
+    """One server process of a group. What its argv still has placeholders for is known at each launch."""
 
     rank: int
     node: str
@@ -122,6 +140,7 @@ class GroupPlan:
     cpus_per_step: Mapping[str, int]  # node -> CPUs of the group's step there
     gpus_per_step: Mapping[str, int]  # node -> all GPUs of that node (the agent narrows); 0: none asked
     unshared_gpus: bool  # no other group uses a GPU of this one's
+    shares_nodes: bool = False  # it takes a part of a node, and other groups may have the rest
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -170,6 +189,7 @@ class PoolPlan:
     weights: str  # "frozen"; "trained": serves once the trainer acknowledged its push into the incarnation
     engine: str  # kind
     named_ports: tuple[str, ...]  # published as endpoints
+    ports: PortBlocks = field(default_factory=PortBlocks)
     env: Environment
     probe: ProbePolicy
     restart: RestartPolicy
@@ -215,11 +235,14 @@ class FleetPlan:
     backend: str  # "slurm" or "local"
     pools: tuple[PoolPlan, ...]
     nodes: tuple[str, ...]  # the fleet's, spares included
+    hosts: Mapping[str, Host] = field(default_factory=dict)  # of each of them
     spares: tuple[str, ...]
     trainer_nodes: tuple[str, ...]  # all of the allocation where the fleet takes all of it
     het_group: int | None = None  # component of a heterogeneous job that the fleet's nodes belong to
     het_job: str = ""  # and that component's own job id
     slurm: SlurmSettings
+    lost_after_s: float = 30.0  # a node that is silent for so long, with a step that does not end, is lost
+    max_node_failures: int = 2  # launches or checks in a row that fail on one node before it is excluded
     heartbeat_s: float = 5.0
     audit_s: float = 300.0
     degraded_timeout_s: float = 1800.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slurm_rollout.core.model import GroupState, RunState
-from slurm_rollout.core.phases import Phase, PoolPhase
+from slurm_rollout.core.model import Exclusion, GroupState, RunState
+from slurm_rollout.core.phases import Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import FleetPlan, PoolPlan
 
 
@@ -38,19 +38,27 @@ def serves(pool: PoolPlan, run: RunState, g: GroupState) -> bool:
     return is_alive(g) and weights(pool, run, g) != "stale"
 
 
+def may_come(run: RunState, g: GroupState) -> bool:
+    """Tell whether a group can still come back by itself, or because a node does."""
+    if g.phase is Phase.PENDING and g.reason is Reason.NO_NODE:
+        return any(n.excluded and n.excluded is not Exclusion.GONE for n in run.nodes)
+    return g.phase is not Phase.FAILED
+
+
 def pool_view(pool: PoolPlan, run: RunState, now: float, degraded_timeout_s: float) -> PoolView:
     """Return what a pool looks like to the trainer."""
     groups = [run.group(g.id) for g in pool.groups]
     alive = sum(is_alive(g) for g in groups)
     ready = sum(serves(pool, run, g) for g in groups)
     desired = len(groups)
-    possible = sum(g.phase is not Phase.FAILED for g in groups)
+    possible = sum(may_come(run, g) for g in groups)
     reason = ""
     # For the first time it waits for every group that can still come.
     first = pool.name not in run.pools_once_ready and now - run.started_at < degraded_timeout_s
     enough = max(possible, pool.min_ready) if first else pool.min_ready
     if possible < pool.min_ready:
-        phase, reason = PoolPhase.FAILED, "budget_spent"
+        spent = any(g.phase is Phase.FAILED for g in groups)
+        phase, reason = PoolPhase.FAILED, Reason.BUDGET_SPENT.value if spent else Reason.NO_NODE.value
     elif run.ending:
         phase, reason = PoolPhase.STOPPED, run.ending.value
     elif alive < enough:

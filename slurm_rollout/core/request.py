@@ -35,17 +35,15 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberPlace:
-    """All that an engine adapter may know of a member when it makes its command line."""
+    """What an engine adapter knows of a member when it makes its command line.
+
+    Where the member runs is not in it: that can change. For node, addresses and ports it puts placeholders.
+    """
 
     rank: int
     size: int
     local_rank: int
-    node: str
-    node_ip: str
     gpus: tuple[int, ...]
-    master_addr: str
-    master_port: int
-    ports: Mapping[str, int]
 
 
 class Engine(Protocol):
@@ -68,7 +66,7 @@ class Engine(Protocol):
     def is_entrypoint(self, rank: int) -> bool: ...
 
     def argv(self, place: MemberPlace) -> tuple[str, ...]:
-        """Return the command line, complete but for `{incarnation}`."""
+        """Return the command line, with placeholders (`core.placeholders`) for what is known at each launch."""
 
     def variables(self, place: MemberPlace) -> Mapping[str, str]: ...
 
@@ -107,6 +105,8 @@ class FleetRequest:
     count: int | None
     het_group: int | None
     spares: int
+    lost_after_s: float
+    max_node_failures: int
     gpus_per_node: int | None  # overrides the allocation's
     slurm: SlurmSettings
     heartbeat_s: float

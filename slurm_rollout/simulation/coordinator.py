@@ -22,6 +22,7 @@ from slurm_rollout.core.decide import decide, is_over
 from slurm_rollout.core.model import (
     Action,
     Cancel,
+    CancelLost,
     ClientWords,
     Decision,
     Event,
@@ -364,6 +365,9 @@ class Coordinator:
         )
 
     def _act(self, action: Action) -> None:
+        if isinstance(action, CancelLost):
+            self._begin("cancel", 0.0, self._cancel)
+            return
         check = self._ports.get(action.group)
         self._watch.acts(self, action, check[1] if check is not None else None)
         match action:

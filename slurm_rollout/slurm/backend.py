@@ -7,10 +7,10 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from slurm_rollout.backend import JobFacts, StepRef, monotonic
-from slurm_rollout.core.model import Job, Listing
+from slurm_rollout.backend import JobFacts, NodeFacts, StepRef, monotonic
+from slurm_rollout.core.model import Job, Listing, NodeWord
 from slurm_rollout.core.plan import FleetPlan, GroupPlan
 from slurm_rollout.errors import Unobservable
 from slurm_rollout.slurm import parse, srun
@@ -82,6 +82,14 @@ class SlurmBackend:
         record = await self.job_record()
         left = None if record.end_at is None else max(0.0, record.end_at - time.time())
         return JobFacts(job=record.job, time_left_s=left)
+
+    async def nodes(self, names: Sequence[str]) -> Mapping[str, NodeFacts]:
+        job = self._component_job or self._job
+        left = set(parse.job_nodes(await self._run("scontrol", "-o", "show", "job", job), job))
+        # By name: otherwise it is every node of the cluster. slurmctld sends all of them in any case.
+        said = parse.nodes(await self._run("scontrol", "-o", "show", "node", ",".join(names)))
+        found = {name: NodeFacts(word=word, reason=reason) for name, (word, reason) in said.items() if name in names}
+        return found | {name: NodeFacts(word=NodeWord.GONE) for name in names if name not in left}
 
     async def cancel(self, steps: Sequence[StepRef]) -> None:
         """One scancel for all. A step without an id has no name yet either: its srun is told to give up.

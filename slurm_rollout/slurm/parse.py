@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 
-from slurm_rollout.core.model import Job
+from slurm_rollout.core.hostlist import expand
+from slurm_rollout.core.model import Job, NodeWord
 from slurm_rollout.errors import Unobservable
 
 
@@ -115,3 +116,50 @@ def job_record(text: str) -> JobRecord:
     except ValueError:  # "Unknown", "None"
         end_at = None
     return JobRecord(state=fields["JobState"].split()[0], end_at=end_at)
+
+
+def job_nodes(text: str, job: str) -> tuple[str, ...]:
+    """Return the nodes that the job has now: one that Slurm gave up has left it.
+
+    `text` may have a line for each component of a heterogeneous job.
+
+    Raises:
+        Unobservable: the text does not say.
+    """
+    for line in text.splitlines():
+        fields = _fields(line)
+        if fields.get("JobId") == job and fields.get("NodeList"):
+            try:
+                return expand(fields["NodeList"])
+            except ValueError as e:
+                raise Unobservable(f"`scontrol show job {job}`: NodeList: {e}") from None
+    raise Unobservable(f"`scontrol show job {job}` does not say which nodes it has")
+
+
+_DRAIN_WORDS = frozenset({"DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING"})
+_DOWN_WORDS = frozenset({"DOWN", "ERROR", "POWERED_DOWN", "POWERING_DOWN", "POWER_DOWN", "FUTURE"})
+
+
+def nodes(text: str) -> dict[str, tuple[NodeWord, str]]:
+    """Return name -> (what Slurm says, its reason) of every node that the text has a line of.
+
+    A state is a base and flags, "MIXED+DRAIN", and up to 20.11 one word, "DRAINING"; a "*" at its end, or from 21.08
+    on also the flag NOT_RESPONDING, means that its slurmd does not answer.
+    """
+    found = {}
+    for line in text.splitlines():
+        if not line.startswith("NodeName="):
+            continue
+        fields = _fields(line)
+        state = fields.get("State", "")
+        words = set(re.findall(r"[A-Z_]+", state))
+        if words & _DOWN_WORDS:
+            word = NodeWord.DOWN
+        elif "*" in state or words & {"NOT_RESPONDING", "NO_RESPOND"}:
+            word = NodeWord.SILENT
+        elif words & _DRAIN_WORDS:
+            word = NodeWord.DRAINING
+        else:
+            word = NodeWord.UP if words and not words <= {"UNKNOWN"} else NodeWord.UNKNOWN
+        found[fields["NodeName"]] = word, fields.get("Reason", "")
+    return found

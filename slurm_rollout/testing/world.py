@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from slurm_rollout.core import codec
+from slurm_rollout.core import codec, moves
 from slurm_rollout.core.decide import decide
 from slurm_rollout.core.model import (
     Ack,
-    Action,
     Cancel,
+    CancelLost,
     ClientWords,
     Decision,
     Endpoint,
@@ -31,6 +31,8 @@ from slurm_rollout.core.model import (
     Job,
     Launch,
     Listing,
+    NodeObservation,
+    NodeWord,
     Observation,
     Process,
     Request,
@@ -46,6 +48,7 @@ from slurm_rollout.core.plan import (
     FencePolicy,
     FleetPlan,
     GroupPlan,
+    Host,
     Member,
     PoolPlan,
     ProbePolicy,
@@ -74,8 +77,11 @@ def make_plan(
     restart: RestartPolicy | None = None,
     stop: StopPolicy | None = None,
     fence: FencePolicy | None = None,
+    spares: int = 0,
 ) -> FleetPlan:
-    """Return a plan of one pool: a member a node, nodes n0, n1, …"""
+    """Return a plan of one pool: a member a node, nodes n0, n1, …, then the spares."""
+    used = groups * nodes_per_group
+    fleet = tuple(f"n{i}" for i in range(used + spares))
     made = []
     for index in range(groups):
         nodes = [f"n{index * nodes_per_group + i}" for i in range(nodes_per_group)]
@@ -121,8 +127,9 @@ def make_plan(
         name="run",
         backend="slurm",
         pools=(planned,),
-        nodes=tuple(n for g in made for n in g.nodes),
-        spares=(),
+        nodes=fleet,
+        hosts={n: Host(address=n, ip=n, cpus=1, gpus=0) for n in fleet},
+        spares=fleet[used:],
         trainer_nodes=(),
         slurm=SlurmSettings(),
     )
@@ -150,6 +157,10 @@ class World:
     deaf: set[str] = field(default_factory=set)  # nodes whose agents do not hear signals
     undying: set[str] = field(default_factory=set)  # nodes where not even Slurm ends a step; its srun ends all the same
     orphans: set[Key] = field(default_factory=set)
+    cut: set[str] = field(default_factory=set)  # nodes off the network: what runs there goes on
+    words: dict[str, NodeWord] = field(default_factory=dict)  # what Slurm says of nodes; up, where nothing is said here
+    nodes: dict[str, NodeObservation] = field(default_factory=dict)  # what was seen of them
+    names: dict[Key, str] = field(default_factory=dict)  # of the steps
     decisions: list[Decision] = field(default_factory=list)
     launched: int = 0
 
@@ -162,6 +173,11 @@ class World:
             groups=tuple(GroupState(id=g.id, since=self.now) for g in self.plan.groups),
             started_at=self.now,
         )
+
+    @property
+    def placed(self) -> FleetPlan:
+        """The plan as it stands now."""
+        return moves.placed(self.plan, self.state)
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -181,6 +197,7 @@ class World:
                 )
                 for g in self.state.groups
             ),
+            nodes=tuple(self.nodes.values()),
             listing=self.listing,
             listing_failed_at=self.listing_failed_at,
             job=self.job,
@@ -215,22 +232,45 @@ class World:
         if not act:
             return decision
         for action in decision.actions:
+            if isinstance(action, CancelLost):
+                self._cancel_lost(action)
+                continue
             for node in action.nodes:
                 self._perform(action, node)
+        for name in decision.wants.reach:
+            self._try(name, after_s)
         if self.blind:
-            if decision.wants.listing or decision.wants.job:
+            if decision.wants.listing or decision.wants.job or decision.wants.nodes:
                 self.listing_failed_at = self.now
         else:
+            if decision.wants.nodes:
+                self.ask_of_nodes()
             if decision.wants.listing:
                 self.list_steps()
             if decision.wants.job:
                 self.ask_job(self.job if self.job is not Job.UNKNOWN else Job.RUNNING)
         return decision
 
-    def _perform(self, action: Action, node: str) -> None:
+    def _try(self, name: str, waited_s: float) -> None:
+        """Connect to a node."""
+        seen = self.nodes.get(name, NodeObservation(name=name))
+        if name in self.cut:
+            self.nodes[name] = replace(seen, silent_s=seen.silent_s + waited_s)
+        else:
+            self.nodes[name] = replace(seen, answered_at=self.now, silent_s=0.0)
+
+    def ask_of_nodes(self) -> None:
+        """Slurm answers how the nodes are."""
+        for name in self.plan.nodes:
+            seen, word = self.nodes.get(name, NodeObservation(name=name)), self.words.get(name, NodeWord.UP)
+            self.nodes[name] = replace(seen, word=word, reason="a reason", asked_at=self.now)
+
+    def _perform(self, action: Launch | Go | Snapshot | Stop | Cancel, node: str) -> None:
         if isinstance(action, Launch):
             self.launched += 1
             pid = 100 + self.launched
+            key = (action.group, action.incarnation, node, action.sweep)
+            self.names[key] = step_name(self.placed, *key[:3], sweep=action.sweep)
             self.steps[action.group, action.incarnation, node, action.sweep] = StepObservation(
                 node=node, sweep=action.sweep, process=Process.RUNNING, pid=pid, pid_started=pid
             )
@@ -242,7 +282,7 @@ class World:
                 continue
             if isinstance(action, Cancel):
                 self._cancel(key, step)
-            elif step.process is not Process.RUNNING or node in self.deaf:
+            elif step.process is not Process.RUNNING or node in self.deaf | self.cut:
                 continue
             elif isinstance(action, Snapshot):
                 self.steps[key] = replace(step, snapshot=True)
@@ -250,12 +290,17 @@ class World:
                 record = ExitRecord(cause="stopped", message="as asked")
                 self.steps[key] = replace(step, exit=record, process=Process.EXITED, exited_at=self.now, exit_code=0)
             elif not sweep:
-                ranks = tuple(m.rank for m in self.plan.group(action.group).on(node))
+                ranks = tuple(m.rank for m in self.placed.group(action.group).on(node))
                 self.steps[key] = replace(step, started=ranks, listening=ranks)
+
+    def _cancel_lost(self, action: CancelLost) -> None:
+        for lost in action.steps:
+            if lost.node not in self.undying | self.cut:
+                self.orphans.discard((lost.group, lost.incarnation, lost.node, False))
 
     def _cancel(self, key: Key, step: StepObservation) -> None:
         """Slurm kills at once: no last word of the agent."""
-        if key[2] not in self.undying:
+        if key[2] not in self.undying | self.cut:
             self.orphans.discard(key)
         elif step.process is Process.RUNNING:
             self.orphans.add(key)
@@ -293,7 +338,7 @@ class World:
             if done():
                 return
             decision = self.tick()
-            asked = decision.actions or decision.wants.listing or decision.wants.job
+            asked = decision.actions or decision.wants.listing or decision.wants.job or decision.wants.nodes
             if not self.settle() and not asked and decision.wake_at is not None:
                 self.now = max(self.now, decision.wake_at)
         raise AssertionError(f"not reached: {[(g.id, g.phase.value, g.message) for g in self.state.groups]}")
@@ -305,7 +350,7 @@ class World:
             keys = self._watched(g)
             for key in keys:
                 step = self.steps[key]
-                if step.process is not Process.RUNNING or step.exit is not None or step.node in self.deaf:
+                if step.process is not Process.RUNNING or step.exit is not None or step.node in self.deaf | self.cut:
                     continue
                 if step.sweep:
                     if any(port.startswith(f"{step.node}:") for port in self.ports_open.get(g.id) or ()):
@@ -316,7 +361,7 @@ class World:
                     step = replace(step, spoke=True, fenced=True, waiting_for="", pause=self._pause(g.id))
                 self.steps[key] = step
             if keys and all(self.steps[k].started is not None for k in keys):
-                for member in self.plan.group(g.id).entrypoints:
+                for member in self.placed.group(g.id).entrypoints:
                     self.endpoints[g.id, g.incarnation, member.rank] = Endpoint(
                         rank=member.rank, proved=True, answers=True
                     )
@@ -362,12 +407,12 @@ class World:
 
     def fence(self, group: str) -> None:
         """Every agent of the group reports its node fenced."""
-        for node in self.plan.group(group).nodes:
+        for node in self.placed.group(group).nodes:
             self.change(group, node, spoke=True, fenced=True)
 
     def prove(self, group: str) -> None:
         """Every entrypoint of the current incarnation answers a real request."""
-        for member in self.plan.group(group).entrypoints:
+        for member in self.placed.group(group).entrypoints:
             self.probe(group, member.rank, proved=True, answers=True)
 
     def probe(self, group: str, rank: int, **facts: object) -> None:
@@ -377,7 +422,7 @@ class World:
 
     def kill(self, group: str, rank: int, code: int = 1) -> None:
         """An engine ends by itself; its agent says so and ends too."""
-        node = self.plan.group(group).members[rank].node
+        node = self.placed.group(group).members[rank].node
         record = ExitRecord(cause="engine_exited", message=f"exit code {code}", rank=rank, code=code)
         self.change(group, node, exit=record, process=Process.EXITED, exited_at=self.now, exit_code=80)
 
@@ -395,7 +440,7 @@ class World:
         }
         return Listing(
             asked_at=self.now,
-            names=frozenset(step_name(self.plan, g, n, node, sweep=sweep) for g, n, node, sweep in living),
+            names=frozenset(self.names[k] for k in living),
             pids=frozenset(s.pid for s in living.values() if s.pid is not None),
         )
 

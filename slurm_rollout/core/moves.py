@@ -1,0 +1,279 @@
+"""Groups that leave a node: where they are now, and where they can go. Pure.
+
+The plan says where every group was placed at first, and does not change. A group that moved carries its own places; all
+that is decided and done looks at `placed`, the plan as it stands now.
+
+Only what was on a node that is not used any more gets another node and, where another group has them there, other
+ports. A group of which a step was left on a lost node gets a new master port too, or that old rank could join the new
+rendezvous; so do the ports that it had there, should it ever come back to that node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from slurm_rollout.core.model import (
+    Event,
+    Exclusion,
+    GroupState,
+    NodeState,
+    NodeWord,
+    Observation,
+    Place,
+    RunState,
+)
+from slurm_rollout.core.phases import Phase, Reason, check_transition
+from slurm_rollout.core.plan import FleetPlan, GroupPlan, Member
+from slurm_rollout.core.ports import HIGHEST, HTTP, MASTER
+
+_HOMELESS = frozenset({Phase.PENDING, Phase.FENCING, Phase.BACKOFF})
+"""Phases in which nothing of a group lives, so that it can move."""
+
+
+def placed(plan: FleetPlan, run: RunState) -> FleetPlan:
+    """Return the plan with every group where it is now."""
+    moved = {g.id: g.places for g in run.groups if g.places}
+    if not moved:
+        return plan
+    pools = tuple(
+        replace(p, groups=tuple(_at(plan, g, moved[g.id]) if g.id in moved else g for g in p.groups))
+        if any(g.id in moved for g in p.groups)
+        else p
+        for p in plan.pools
+    )
+    return replace(plan, pools=pools)
+
+
+def _at(plan: FleetPlan, group: GroupPlan, places: Sequence[Place]) -> GroupPlan:
+    was = {place.node: member.node for place, member in zip(places, group.members, strict=True)}
+    hosts = {node: plan.hosts[node] for node in was}
+    members = tuple(
+        replace(m, node=p.node, ports=p.ports, url=f"http://{hosts[p.node].address}:{p.ports[HTTP]}")
+        for m, p in zip(group.members, places, strict=True)
+    )
+    return replace(
+        group,
+        members=members,
+        addresses={node: host.address for node, host in hosts.items()},
+        cpus_per_step={node: min(group.cpus_per_step[old], hosts[node].cpus) for node, old in was.items()},
+        gpus_per_step={node: group.gpus_per_step[old] for node, old in was.items()},
+    )
+
+
+def excluded(run: RunState) -> frozenset[str]:
+    """Return the nodes on which nothing is started."""
+    return frozenset(n.name for n in run.nodes if n.excluded)
+
+
+def settle(plan: FleetPlan, run: RunState, obs: Observation, events: list[Event]) -> RunState:
+    """Move the groups that stand on excluded nodes, with nothing of them alive, one after the other.
+
+    One for which there is no node waits in PENDING, and moves as soon as there is one.
+    """
+    if run.ending or not any(n.excluded for n in run.nodes):
+        # Whoever waited for a node has its own back.
+        return replace(run, groups=tuple(_awake(g, obs) for g in run.groups)) if _any_waits(run) else run
+    for g in run.groups:
+        if g.phase not in _HOMELESS or g.steps:
+            continue
+        now = placed(plan, run)
+        away = frozenset(now.group(g.id).nodes) & excluded(run)
+        if not away:
+            run = _with(run, _awake(g, obs))
+            continue
+        found = _relocate(now, run, obs, g)
+        run = _with(run, _wait(g, obs, away, run, events)) if found is None else _move(run, obs, g, found, away, events)
+    return run
+
+
+def _any_waits(run: RunState) -> bool:
+    return any(g.phase is Phase.PENDING and g.reason is Reason.NO_NODE for g in run.groups)
+
+
+def _awake(g: GroupState, obs: Observation) -> GroupState:
+    if g.phase is not Phase.PENDING or g.reason is not Reason.NO_NODE:
+        return g
+    return _to(g, obs, Phase.FENCING, Reason.NODE_LOST, "its nodes are back")
+
+
+def _wait(g: GroupState, obs: Observation, away: frozenset[str], run: RunState, events: list[Event]) -> GroupState:
+    why = "; ".join(f"{n.name} is {n.excluded}" for n in run.nodes if n.name in away)
+    message = f"{why}, and no other node is free. It starts when one is: back, or by `resume NODE`"
+    if g.phase is Phase.PENDING and g.message == message:
+        return g
+    events.append(Event(type="waiting", group=g.id, incarnation=g.incarnation, reason=Reason.NO_NODE, message=message))
+    if g.phase is Phase.PENDING:
+        return replace(g, reason=Reason.NO_NODE, message=message)
+    return _to(g, obs, Phase.PENDING, Reason.NO_NODE, message)
+
+
+def _move(
+    run: RunState,
+    obs: Observation,
+    g: GroupState,
+    found: tuple[tuple[Place, ...], tuple[str, ...]],
+    away: frozenset[str],
+    events: list[Event],
+) -> RunState:
+    places, retired = found
+    new = {p.node for p in places}
+    used_again = new & away
+    run = replace(
+        run,
+        # A lost node that is back and empty is taken where there is no better one.
+        nodes=tuple(n for n in run.nodes if not (n.name in new and n.excluded)),
+    )
+    if used_again == away:
+        message = f"{', '.join(sorted(used_again))} is back, and used again"
+    else:
+        taken = ", ".join(p for p in dict.fromkeys(p.node for p in places))
+        message = f"from {', '.join(sorted(away - used_again))}; now on {taken}"
+    kinds = {n.excluded for n in run.nodes if n.name in away}
+    reason = Reason.NODE_LOST if kinds & {Exclusion.LOST, Exclusion.GONE} else Reason.NODE_EXCLUDED
+    events.append(
+        Event(
+            type="moved",
+            group=g.id,
+            incarnation=g.incarnation,
+            reason=reason,
+            message=message,
+            data={"nodes": list(dict.fromkeys(p.node for p in places))},
+        )
+    )
+    g = replace(g, places=places, retired=retired)
+    if g.phase is Phase.FENCING:
+        g = replace(g, since=obs.now, since_wall=obs.wall, message=message)  # what was seen of ports is of the old ones
+    elif g.phase is Phase.PENDING:
+        g = _to(g, obs, Phase.FENCING, reason, message)
+    return _with(run, g)
+
+
+def _to(g: GroupState, obs: Observation, phase: Phase, reason: Reason, message: str) -> GroupState:
+    check_transition(g.id, g.phase, phase)
+    return replace(g, phase=phase, since=obs.now, since_wall=obs.wall, reason=reason, message=message)
+
+
+def _with(run: RunState, g: GroupState) -> RunState:
+    if g == run.group(g.id):
+        return run
+    return replace(run, groups=tuple(g if old.id == g.id else old for old in run.groups))
+
+
+# --------------------------------------------------------------------------------------------------------------- places
+
+
+def free_nodes(plan: FleetPlan, run: RunState, obs: Observation) -> tuple[str, ...]:
+    """Return the fleet's nodes that may take a group, the best first: whole ones, those that Slurm drains, and those
+    that were lost and are back with nothing of before alive on them."""
+
+    def rank(node: NodeState) -> int | None:
+        word = obs.node(node.name).word
+        if word in (NodeWord.DOWN, NodeWord.GONE, NodeWord.SILENT):
+            return None
+        if node.excluded:
+            return 2 if node.back else None
+        return 1 if node.draining else 0
+
+    ranked = [(rank(run.node(name)), name) for name in plan.nodes]
+    return tuple(name for want in range(3) for place, name in ranked if place == want)
+
+
+def has_room(plan: FleetPlan, run: RunState, obs: Observation, group: GroupPlan, away: Collection[str]) -> bool:
+    """Tell whether the group could leave these nodes. `plan` is the one as it stands."""
+    return _hosts_for(plan, run, obs, group, away) is not None
+
+
+def _hosts_for(
+    plan: FleetPlan, run: RunState, obs: Observation, group: GroupPlan, away: Collection[str]
+) -> Mapping[str, str] | None:
+    """Return old node -> new one for those of its nodes that it leaves; None when there are not enough."""
+    kept = [n for n in group.nodes if n not in away]
+    found: dict[str, str] = {}
+    for old in group.nodes:
+        if old not in away:
+            continue
+        free = (
+            new
+            for new in free_nodes(plan, run, obs)
+            if new not in kept
+            and new not in found.values()
+            and (new not in away or run.node(new).back)
+            and _fits(plan, group, old, new)
+        )
+        new = next(free, None)
+        if new is None:
+            return None
+        found[old] = new
+    return found
+
+
+def _fits(plan: FleetPlan, group: GroupPlan, old: str, new: str) -> bool:
+    """Tell whether what the group has on one node has room on another one."""
+    gpus = {g for m in group.on(old) for g in m.gpus}
+    if max(gpus, default=-1) >= plan.hosts[new].gpus:
+        return False
+    for other in plan.groups:
+        if other.id == group.id or new not in other.nodes:
+            continue
+        taken = {g for m in other.on(new) for g in m.gpus}
+        if not (group.shares_nodes and other.shares_nodes) or gpus & taken:
+            return False
+    return True
+
+
+def _relocate(
+    plan: FleetPlan, run: RunState, obs: Observation, g: GroupState
+) -> tuple[tuple[Place, ...], tuple[str, ...]] | None:
+    """Return the group's new places, by rank, and all its retired ports; None when there is no room for it."""
+    group = plan.group(g.id)
+    hosts = _hosts_for(plan, run, obs, group, excluded(run))
+    if hosts is None:
+        return None
+    left = {s.node for s in run.lost_steps if s.group == g.id}
+    old = [f"{group.addresses[m.node]}:{p}" for m in group.members if m.node in left for p in m.fenced_ports]
+    if left:
+        old.append(f"{group.master_address}:{group.master_port}")
+    retired = tuple(dict.fromkeys((*g.retired, *old)))
+    stays = {
+        m.rank
+        for m in group.members
+        if hosts.get(m.node, m.node) == m.node
+        and not any(f"{group.addresses[m.node]}:{port}" in retired for name, port in m.ports.items() if name != MASTER)
+    }
+    taken = {(address, int(port)) for address, _, port in (r.rpartition(":") for r in retired)}
+    for other in plan.groups:
+        for m in other.members:
+            if other.id != g.id or m.rank in stays:
+                taken |= {(other.addresses[m.node], port) for port in m.ports.values()}
+    places: list[Place] = []
+    for member in group.members:
+        node = hosts.get(member.node, member.node)
+        ports = dict(member.ports)
+        if member.rank not in stays:
+            block = _block(plan, group, member, node, taken)
+            if block is None:
+                return None
+            ports = block
+            taken |= {(plan.hosts[node].address, port) for port in ports.values()}
+        places.append(Place(node=node, ports=ports))
+    leader = places[0]
+    if f"{plan.hosts[leader.node].address}:{leader.ports[MASTER]}" in retired:  # the leader's URL stays as it was
+        block = _block(plan, group, group.leader, leader.node, taken)
+        if block is None:
+            return None
+        places[0] = replace(leader, ports={**leader.ports, MASTER: block[MASTER]})
+    return tuple(places), retired
+
+
+def _block(
+    plan: FleetPlan, group: GroupPlan, member: Member, node: str, taken: Collection[tuple[str, int]]
+) -> dict[str, int] | None:
+    """Return ports for the member on a node: the numbers that it has where they are free there, else the next free."""
+    address, blocks = plan.hosts[node].address, plan.pool(group.pool).ports
+    names = sorted(member.ports, key=lambda name: (name != HTTP, name != MASTER, member.ports[name]))
+    first = member.ports[HTTP]
+    for start in (first, *range(blocks.base, HIGHEST - blocks.stride, blocks.stride)):
+        if not any((address, port) in taken for port in range(start, start + blocks.stride)):
+            return {name: start + i for i, name in enumerate(names)}
+    return None

@@ -1,0 +1,407 @@
+"""Nodes that are lost, drained or of no use: which verdict is given when, and where their groups go."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from slurm_rollout.core.model import CancelLost, Exclusion, ExitRecord, Launch, NodeWord, Process
+from slurm_rollout.core.names import step_name
+from slurm_rollout.core.phases import Phase, PoolPhase, Reason
+from slurm_rollout.core.plan import GroupPlan, RestartPolicy
+from slurm_rollout.testing.world import World, make_plan
+
+P = Phase
+
+
+def new(groups: int = 2, nodes: int = 2, spares: int = 1, **policies: Any) -> World:
+    w = World(make_plan(groups, nodes, spares=spares, **policies))
+    w.make_ready()
+    return w
+
+
+def lose(w: World, group: str, node: str) -> None:
+    """Cut a node off: its group's probes time out, and so does everything that is tried there."""
+    w.cut.add(node)
+    w.orphans.add((group, w.state.group(group).incarnation, node, False))
+    for rank in range(2):
+        w.probe(group, rank, failures=9, last_error="no answer within 30 s")
+    w.tick()
+    assert w.state.group(group).phase is P.STOPPING
+
+
+def go_on(w: World, seconds: float, step_s: float = 0.5) -> None:
+    """Let time pass while everything that is well works."""
+    for _ in range(int(seconds / step_s)):
+        w.tick(step_s)
+        w.settle()
+
+
+def group(w: World, name: str) -> GroupPlan:
+    return w.placed.group(name)
+
+
+def urls(w: World, name: str) -> list[str]:
+    return [m.url for m in group(w, name).members]
+
+
+def test_a_group_whose_node_is_lost_moves_to_the_spare_and_only_that_member_has_a_new_address() -> None:
+    w = new()
+    lose(w, "actor/0", "n1")
+    go_on(w, w.plan.lost_after_s + 10)
+    assert w.state.node("n1").excluded is Exclusion.LOST
+    assert w.state.group("actor/0").phase is P.READY
+    assert group(w, "actor/0").nodes == ("n0", "n4")
+    assert urls(w, "actor/0") == ["http://n0:18000", "http://n4:18000"]
+    assert group(w, "actor/0").master_address == "n0"
+    assert group(w, "actor/0").master_port != w.plan.group("actor/0").master_port
+    assert "n0:18001" in w.state.group("actor/0").retired
+    assert [e.reason for e in w.events("moved")] == ["node_lost"]
+    assert w.state.group("actor/1").incarnation == 1
+
+
+def test_a_lost_leader_takes_the_master_address_with_it() -> None:
+    w = new()
+    lose(w, "actor/0", "n0")
+    go_on(w, w.plan.lost_after_s + 10)
+    assert group(w, "actor/0").nodes == ("n4", "n1")
+    assert group(w, "actor/0").master_address == "n4"
+    assert urls(w, "actor/0")[1] == "http://n1:18000"
+
+
+def test_no_budget_counts_a_lost_node_and_none_is_too_small_for_it() -> None:
+    w = new(restart=RestartPolicy(max_restarts=0, max_start_failures=0))
+    lose(w, "actor/0", "n1")
+    go_on(w, w.plan.lost_after_s + 10)
+    g = w.state.group("actor/0")
+    assert (g.phase, g.runtime_failures, g.start_failures, g.node_failures) == (P.READY, (), (), 1)
+    assert g.failure is not None
+    assert g.failure.reason is Reason.NODE_LOST
+
+
+def test_before_the_time_is_over_a_silent_node_is_waited_for() -> None:
+    w = new()
+    lose(w, "actor/0", "n1")
+    go_on(w, w.plan.lost_after_s - 5)
+    assert w.state.group("actor/0").phase is P.STOPPING
+    assert not w.state.nodes
+    w.cut.clear()
+    go_on(w, 10)
+    assert w.state.group("actor/0").phase is P.READY
+    assert group(w, "actor/0").nodes == ("n0", "n1")
+
+
+def test_slurms_verdict_needs_no_time() -> None:
+    w = new()
+    w.words["n1"] = NodeWord.DOWN
+    lose(w, "actor/0", "n1")
+    go_on(w, 5)
+    assert group(w, "actor/0").nodes == ("n0", "n4")
+    assert "Slurm says that it is down (a reason)" in w.state.node("n1").message
+
+
+def test_an_old_word_of_slurm_is_none() -> None:
+    """Before the failure the node may have been down for a moment: what was said then is no verdict on now."""
+    w = new()
+    w.words["n1"] = NodeWord.DOWN
+    w.ask_of_nodes()
+    w.words.clear()
+    lose(w, "actor/0", "n1")
+    w.blind = True
+    go_on(w, 5)
+    assert not w.state.nodes
+
+
+def test_two_nodes_that_fall_silent_at_once_are_not_given_up_before_slurm_says_so() -> None:
+    w = new(spares=2)
+    lose(w, "actor/0", "n1")
+    w.cut.add("n5")
+    go_on(w, 2 * w.plan.lost_after_s)
+    assert not w.state.nodes
+    assert w.state.group("actor/0").phase is P.STOPPING
+    w.words["n1"] = NodeWord.SILENT
+    go_on(w, 15)
+    assert w.state.node("n1").excluded is Exclusion.LOST
+    assert "Slurm does not hear it either" in w.state.node("n1").message
+    assert group(w, "actor/0").nodes == ("n0", "n4")
+
+
+def test_no_node_is_given_up_while_slurm_is_silent_too() -> None:
+    w = new()
+    w.blind = True
+    lose(w, "actor/0", "n1")
+    go_on(w, 3 * w.plan.lost_after_s)
+    assert not w.state.nodes
+    assert w.state.group("actor/0").phase is P.STOPPING
+    assert not [a for a in w.actions(Launch) if a.incarnation > 1]
+
+
+def test_nodes_of_which_none_answers_say_that_we_are_cut_off() -> None:
+    w = new(1, spares=1)
+    w.cut |= set(w.plan.nodes)
+    w.orphans.add(("actor/0", 1, "n1", False))
+    w.kill("actor/0", 0)
+    go_on(w, 3 * w.plan.lost_after_s)
+    assert not w.state.nodes
+
+
+def test_a_step_that_was_left_on_a_lost_node_is_cancelled_when_that_is_back_and_kept_until_it_is_gone() -> None:
+    w = new()
+    name = step_name(w.plan, "actor/0", 1, "n1")
+    lose(w, "actor/0", "n1")
+    go_on(w, w.plan.lost_after_s + 10)
+    assert [(s.name, s.node) for s in w.state.lost_steps] == [(name, "n1")]
+    assert not w.actions(CancelLost)
+    w.undying.add("n1")
+    w.cut.clear()
+    go_on(w, 20)
+    assert len(w.actions(CancelLost)) > 1
+    assert w.state.lost_steps
+    assert not w.state.node("n1").back
+    w.undying.clear()
+    go_on(w, 20)
+    assert not w.state.lost_steps
+    assert w.state.node("n1").back
+    assert [e.node for e in w.events("node_back")] == ["n1"]
+    assert w.living("actor/0") == {2}
+
+
+def test_without_a_spare_the_group_waits_and_starts_by_itself_when_the_node_is_back() -> None:
+    w = new(spares=0)
+    lose(w, "actor/0", "n1")
+    go_on(w, w.plan.lost_after_s + 10)
+    g = w.state.group("actor/0")
+    assert (g.phase, g.reason) == (P.PENDING, Reason.NO_NODE)
+    assert "n1 is lost, and no other node is free" in g.message
+    assert w.state.phase is PoolPhase.READY
+    w.cut.clear()
+    go_on(w, 30)
+    assert w.state.group("actor/0").phase is P.READY
+    assert group(w, "actor/0").nodes == ("n0", "n1")
+    assert not w.state.nodes
+
+
+def test_a_pool_whose_node_slurm_took_away_is_failed_and_says_why() -> None:
+    w = new(spares=0, min_ready=2)
+    w.words["n1"] = NodeWord.GONE
+    lose(w, "actor/0", "n1")
+    go_on(w, 5)
+    assert w.state.group("actor/0").phase is P.PENDING
+    assert w.state.phase is PoolPhase.FAILED
+
+
+def test_a_second_lost_node_finds_no_spare_and_the_operator_brings_the_first_back() -> None:
+    w = new()
+    lose(w, "actor/0", "n1")
+    go_on(w, w.plan.lost_after_s + 10)
+    lose(w, "actor/1", "n3")
+    go_on(w, w.plan.lost_after_s + 10)
+    assert w.state.group("actor/1").phase is P.PENDING
+    w.cut.discard("n1")
+    w.ask("resume", "n1")
+    go_on(w, 10)
+    assert w.state.group("actor/1").phase is P.READY
+    assert group(w, "actor/1").nodes == ("n2", "n1")
+    assert [e.message for e in w.events("request")] == ["n1: is used again (it was lost)"]
+
+
+def test_a_drained_node_is_the_last_choice_and_a_warning() -> None:
+    w = new(spares=2)
+    w.words["n4"] = NodeWord.DRAINING
+    w.ask_of_nodes()
+    w.tick()
+    assert [(e.node, e.reason) for e in w.events("node_draining")] == [("n4", "draining")]
+    w.tick()
+    assert len(w.events("node_draining")) == 1
+    lose(w, "actor/0", "n1")
+    go_on(w, w.plan.lost_after_s + 10)
+    assert group(w, "actor/0").nodes == ("n0", "n5")
+    lose(w, "actor/1", "n3")
+    go_on(w, w.plan.lost_after_s + 10)
+    assert group(w, "actor/1").nodes == ("n2", "n4")
+
+
+def fail_to_fence(w: World, name: str, node: str, cause: str = "gpu_memory") -> None:
+    """The group's next launch fails at the check of one node."""
+    w.heal(lambda: w.state.group(name).phase is P.STARTING)
+    w.tick()
+    record = ExitRecord(cause=cause, message="GPU 3 still has 70,000 MB in use")
+    w.change(name, node, spoke=True, exit=record, process=Process.EXITED, exited_at=w.now, exit_code=80)
+    w.tick()
+
+
+def test_a_node_whose_checks_fail_again_and_again_is_excluded_and_its_group_moves() -> None:
+    w = new()
+    w.kill("actor/0", 1)
+    w.tick()
+    for _ in range(w.plan.max_node_failures):
+        fail_to_fence(w, "actor/0", "n1")
+    assert w.state.node("n1").excluded is Exclusion.FAILING
+    w.heal(lambda: w.state.group("actor/0").phase is P.READY)
+    assert group(w, "actor/0").nodes == ("n0", "n4")
+    assert group(w, "actor/0").master_port == w.plan.group("actor/0").master_port, "everything there was proved ended"
+
+
+def test_what_fails_with_no_group_alive_elsewhere_burns_no_spare() -> None:
+    w = new(1)
+    w.kill("actor/0", 1)
+    w.tick()
+    for _ in range(w.plan.max_node_failures):
+        fail_to_fence(w, "actor/0", "n1")
+    assert not w.state.node("n1").excluded
+
+
+def test_a_node_is_not_excluded_where_its_group_would_have_no_other() -> None:
+    w = new(spares=0)
+    w.kill("actor/0", 1)
+    w.tick()
+    for _ in range(w.plan.max_node_failures):
+        fail_to_fence(w, "actor/0", "n1")
+    assert not w.state.node("n1").excluded
+    assert w.state.node("n1").failures == w.plan.max_node_failures
+    w.heal(lambda: w.state.group("actor/0").phase is P.READY)
+    assert not w.state.nodes, "it was fine after all"
+
+
+def test_a_step_that_never_ends_on_a_node_that_answers_is_left_there_if_there_is_another_node() -> None:
+    w = new()
+    w.deaf.add("n1")
+    w.undying.add("n1")
+    w.orphans.add(("actor/0", 1, "n1", False))
+    w.kill("actor/0", 0)
+    go_on(w, w.plan.pool("actor").fence.timeout_s + 20)
+    assert w.state.node("n1").excluded is Exclusion.STUCK
+    assert group(w, "actor/0").nodes == ("n0", "n4")
+    assert w.state.group("actor/0").phase is P.READY
+
+
+def test_without_another_node_a_step_that_never_ends_is_waited_for() -> None:
+    w = new(spares=0)
+    w.deaf.add("n1")
+    w.undying.add("n1")
+    w.orphans.add(("actor/0", 1, "n1", False))
+    w.kill("actor/0", 0)
+    go_on(w, w.plan.pool("actor").fence.timeout_s + 20)
+    assert not w.state.nodes
+    assert w.state.group("actor/0").phase is P.STOPPING
+
+
+def test_an_operator_drains_a_node_and_takes_it_back() -> None:
+    w = new()
+    w.ask("drain", "n1")
+    w.heal(lambda: w.state.group("actor/0").phase is P.READY and w.state.group("actor/0").incarnation == 2)
+    assert group(w, "actor/0").nodes == ("n0", "n4")
+    assert w.state.group("actor/0").runtime_failures == ()
+    w.ask("resume", "n1")
+    w.tick()
+    assert not w.state.nodes
+    said = [e.message for e in w.events("request")]
+    assert said == ["n1: is not used any more; actor/0 moves away from it", "n1: is used again (it was drained)"]
+
+
+def test_an_operator_can_drain_a_node_on_which_a_group_waits_for_its_time() -> None:
+    w = new(spares=0)
+    for _ in range(2):
+        w.heal(lambda: w.state.group("actor/0").phase is P.READY)
+        w.kill("actor/0", 0)
+        w.tick()
+    w.heal(lambda: w.state.group("actor/0").phase is P.BACKOFF)
+    w.ask("drain", "n1")
+    w.tick()
+    assert w.state.group("actor/0").phase is P.PENDING
+    w.ask("resume", "n1")
+    w.heal(lambda: w.state.group("actor/0").phase is P.READY)
+
+
+def test_the_next_coordinator_knows_where_groups_are_now() -> None:
+    w = new()
+    lose(w, "actor/0", "n1")
+    go_on(w, w.plan.lost_after_s + 10)
+    w.restart()
+    w.tick()
+    assert group(w, "actor/0").nodes == ("n0", "n4")
+    assert w.state.node("n1").excluded is Exclusion.LOST
+    w.kill("actor/0", 0)
+    w.heal(lambda: w.state.group("actor/0").phase is P.READY)
+    assert w.actions(Launch)[-1].nodes == ("n0", "n4")
+
+
+def test_a_fleet_that_is_well_asks_nothing_of_nodes() -> None:
+    w = new()
+    w.kill("actor/0", 0)
+    w.heal(lambda: w.state.group("actor/0").phase is P.READY)
+    go_on(w, 30)
+    assert not any(d.wants.nodes or d.wants.reach for d in w.decisions)
+
+
+def test_groups_that_share_a_lost_node_go_where_their_gpus_are_free() -> None:
+    w = World(shared())
+    w.make_ready()
+    w.words["n0"] = NodeWord.DOWN
+    for name in ("actor/0", "actor/1"):
+        lose_one(w, name)
+    go_on(w, 10)
+    assert [group(w, f"actor/{i}").nodes for i in range(3)] == [("n2",), ("n1",), ("n1",)]
+    assert urls(w, "actor/0") != urls(w, "actor/1")
+    assert w.phases() == {P.READY}
+
+
+def lose_one(w: World, name: str) -> None:
+    w.cut.add("n0")
+    w.orphans.add((name, w.state.group(name).incarnation, "n0", False))
+    w.probe(name, 0, failures=9, last_error="no answer")
+    w.tick()
+
+
+def shared() -> Any:
+    """Three groups of half a node: two on n0, one on n1; n2 is spare."""
+    plan = make_plan(3, 1)
+    halves = [("n0", (0, 1), 18000), ("n0", (2, 3), 18016), ("n1", (0, 1), 18000)]
+    groups = tuple(
+        replace(
+            g,
+            members=(
+                replace(
+                    g.members[0],
+                    node=node,
+                    gpus=gpus,
+                    url=f"http://{node}:{port}",
+                    ports={"http": port, "master": port + 1},
+                ),
+            ),
+            addresses={node: node},
+            cpus_per_step={node: 1},
+            gpus_per_step={node: 4},
+            shares_nodes=True,
+        )
+        for g, (node, gpus, port) in zip(plan.groups, halves, strict=True)
+    )
+    hosts = {n: replace(h, gpus=4) for n, h in plan.hosts.items()}
+    return replace(plan, pools=(replace(plan.pools[0], groups=groups),), spares=("n2",), hosts=hosts)
+
+
+def test_gpus_that_are_taken_are_no_room() -> None:
+    plan = shared()
+    taken = replace(plan.group("actor/2").members[0], gpus=(0, 1))
+    assert taken.gpus == (0, 1)
+    w = World(replace(plan, nodes=("n0", "n1"), spares=(), hosts={n: plan.hosts[n] for n in ("n0", "n1")}))
+    w.make_ready()
+    w.words["n0"] = NodeWord.DOWN
+    for name in ("actor/0", "actor/1"):
+        lose_one(w, name)
+    go_on(w, 10)
+    # n1 has the GPUs 2 and 3 free: room for the second group's share, none for the first one's.
+    assert w.state.group("actor/0").phase is P.PENDING
+    assert group(w, "actor/1").nodes == ("n1",)
+    assert urls(w, "actor/1") == ["http://n1:18016"]
+
+
+@pytest.mark.parametrize("verb", ["restart", "explode"])
+def test_other_wishes_about_nodes_are_refused(verb: str) -> None:
+    w = new()
+    w.ask(verb, "n1")
+    w.tick()
+    assert w.events("request_refused")
+    assert not w.state.nodes
