@@ -25,10 +25,14 @@ _REST_S = 1.0
 _VERBS = {
     "restart": "Ends every process of the groups, proves that they are gone, and starts them again. A failed or "
     "stopped group starts again with a fresh budget.",
-    "drain": "Ends every process of the groups and keeps them stopped until `resume` or `restart`.",
-    "resume": "Starts drained or failed groups again, with a fresh budget; one in backoff starts without waiting.",
+    "drain": "Ends every process of the groups and keeps them stopped until `resume` or `restart`. A node that is "
+    "drained is not used any more: its groups restart on other nodes, or wait for one.",
+    "resume": "Starts drained or failed groups again, with a fresh budget; one in backoff starts without waiting. A "
+    "node that was drained, lost, or excluded because it failed is used again.",
     "stop": "Ends every group and then the run; a trainer then gets TERM, and KILL 10 s later.",
 }
+
+_TAKE_NODES = frozenset({"drain", "resume"})
 
 
 def add_parser(subparsers: Any) -> None:
@@ -45,7 +49,13 @@ def add_parser(subparsers: Any) -> None:
         add_help(parser)
         add_run_options(parser)
         if verb != "stop":
-            parser.add_argument("groups", nargs="+", metavar="GROUP", help="such as actor/0")
+            takes_nodes = verb in _TAKE_NODES
+            parser.add_argument(
+                "groups",
+                nargs="+",
+                metavar="GROUP|NODE" if takes_nodes else "GROUP",
+                help="such as actor/0" + (", or the names of nodes" if takes_nodes else ""),
+            )
         parser.add_argument(
             "--timeout", type=float, default=10.0, metavar="SECONDS", help="wait so long for the answer (default 10)"
         )
@@ -60,7 +70,7 @@ def run_request(args: argparse.Namespace) -> int:
     run = find_run_dir(args.run_dir, args.job)
     groups = list(dict.fromkeys(args.groups))
     tail = EventTail(run)
-    check_groups(run, groups)
+    check_groups(run, groups, nodes=args.verb in _TAKE_NODES)
     _check_not_ended(run)
     tail.skip()
     request = write_request(run, args.verb, groups)

@@ -207,12 +207,27 @@ def known_groups(run: RunDir) -> tuple[str, ...]:
     return ()
 
 
-def check_groups(run: RunDir, groups: list[str]) -> None:
-    """Raise UsageError when one of `groups` is known not to be one of the run's."""
+def known_nodes(run: RunDir) -> tuple[str, ...]:
+    """Return the fleet's nodes, as far as the run directory tells; empty when it does not."""
+    for path in (run.status, run.plan):
+        try:
+            return tuple(str(node) for node in read_json(path)["nodes"])
+        except (StoreError, OSError, KeyError, TypeError):
+            continue
+    return ()
+
+
+def check_groups(run: RunDir, groups: list[str], *, nodes: bool = False) -> None:
+    """Raise UsageError when one of `groups` is known not to be one of the run's; with `nodes` they may be nodes."""
     known = known_groups(run)
-    unknown = [group for group in groups if group not in known]
+    fleet = known_nodes(run) if nodes else ()
+    unknown = [name for name in groups if name not in known and name not in fleet]
     if known and unknown:
-        raise UsageError(f"no group {', '.join(unknown)} in this run; its groups: {', '.join(known)}")
+        also = f"; its nodes: {fold(fleet)}" if fleet else ""
+        kinds = "no group or node" if nodes else "no group"
+        raise UsageError(f"{kinds} {', '.join(unknown)} in this run; its groups: {', '.join(known)}{also}")
+    if any(name in fleet for name in groups) and any(name in known for name in groups):
+        raise UsageError("groups and nodes in one request: ask for the one, then for the other. Nothing was asked")
 
 
 def _planned_groups(run: RunDir) -> list[Any]:
@@ -277,9 +292,21 @@ def _head(document: dict[str, Any], age_s: float, verdict: str) -> list[str]:
     paused = [p["name"] for p in document["pools"] if p.get("probes") == "paused"]
     if paused:
         lines.append(f"Engines of {', '.join(paused)} are asked nothing: a client said that they sleep or take weights")
+    lines += [_excluded(node, at) for node in document.get("excluded", ())]
+    lines += [f"Node {name} is drained by Slurm: {why}" for name, why in document.get("draining", {}).items()]
     nodes = [("Nodes", document["nodes"]), ("spares", document["spares"]), ("trainer", document["trainer_nodes"])]
     lines.append("; ".join(f"{what} {fold(names)}" for what, names in nodes if names))
     return lines
+
+
+def _excluded(node: dict[str, Any], at: float) -> str:
+    """Return why a node is not used, and what became of it."""
+    words = [f"Node {node['name']} is {node['reason']} since {duration(at - node['since'])}: {node['message']}"]
+    if node["back"]:
+        words.append("it is back, and used again where no other is free")
+    elif node["lost_steps"]:
+        words.append(f"{node['lost_steps']} of its steps may still live")
+    return "; ".join(words)
 
 
 def _client(client: dict[str, Any], at: float) -> str:

@@ -46,7 +46,7 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
     contexts = {name: replace(c, lost=nodes.lost(run), excluded=moves.excluded(run)) for name, c in contexts.items()}
 
     actions: list[Action] = [] if wants.cancel is None else [wants.cancel]
-    ports, want_listing, want_job = [], wants.listing, False
+    ports, want_listing, want_job, want_nodes = [], wants.listing, False, wants.nodes
     lost_steps, failed_on, fine_on = list(run.lost_steps), [], []
     wake_at = wants.wake_at
     groups = []
@@ -62,6 +62,7 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
         events += out.events
         want_listing |= out.want_listing
         want_job |= out.want_job
+        want_nodes |= out.want_nodes
         lost_steps += out.lost_steps
         failed_on += out.failed_on
         fine_on += out.fine_on
@@ -89,7 +90,7 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
         actions=tuple(actions),
         events=tuple(events),
         wants=Wants(
-            ports=tuple(ports), listing=want_listing, job=want_job, nodes=wants.nodes, reach=tuple(sorted(wants.reach))
+            ports=tuple(ports), listing=want_listing, job=want_job, nodes=want_nodes, reach=tuple(sorted(wants.reach))
         ),
         wake_at=wake_at,
     )
@@ -258,8 +259,9 @@ def _suspects(run: RunState, contexts: Mapping[str, Context], obs: Observation) 
         if sent_at is not None and obs.now >= sent_at + ctx.pool.stop.grace_s + ctx.pool.stop.cancel_after_s:
             for step in ctx.seen.steps:
                 if ended(ctx, g, step) is not True:
-                    known = found.get(step.node)
-                    since = min(sent_at, known.since) if known is not None and known.step_lives else sent_at
+                    since = sent_at if step.exited_at is None else min(sent_at, step.exited_at)
+                    if (known := found.get(step.node)) is not None and known.step_lives:
+                        since = min(since, known.since)
                     found[step.node] = nodes.Trouble(since=since, step_lives=True)
         charge = g.charge
         if g.phase in (Phase.FENCING, Phase.BACKOFF) and charge is not None and charge.reason is Reason.LAUNCH_FAILED:

@@ -24,6 +24,7 @@ from slurm_rollout.core.model import (
     Launch,
     LostStep,
     Marks,
+    NodeWord,
     Observation,
     Process,
     Snapshot,
@@ -51,6 +52,9 @@ _HANGS = frozenset({Reason.NOT_ANSWERING, Reason.ANSWERS_ERROR, Reason.START_TIM
 
 _OF_THE_NODE = frozenset({Reason.LAUNCH_FAILED, Reason.PORT_BUSY, Reason.LEFTOVER_PROCESS, Reason.GPU_MEMORY})
 """Failures that may come of the node, not of the engine; only they can have it excluded."""
+
+ASK_NODES_S = 10.0
+"""Pause between two questions to Slurm about nodes while a step does not end."""
 
 SNAPSHOT_MARGIN_S = 0.5
 """So much longer than the agents take at most for a snapshot their word is waited for."""
@@ -92,6 +96,7 @@ class Out:
     want_ports: bool = False
     want_listing: bool = False
     want_job: bool = False
+    want_nodes: bool = False
     lost_steps: list[LostStep] = field(default_factory=list)  # left behind on lost nodes
     failed_on: list[str] = field(default_factory=list)  # nodes that a launch or check failed on
     fine_on: list[str] = field(default_factory=list)  # nodes on which a group became ready
@@ -221,7 +226,8 @@ def ended(ctx: Context, g: GroupState, step: StepObservation) -> bool | None:
     """Tell whether a step has ended; None when that was not observed.
 
     srun's exit is a hint, not proof (measured, 22.05.8: a cut node, a hung slurmctld and a killed srun each leave
-    the server alive). Proof is the agent's exit record, or srun gone and a later valid listing without the step.
+    the server alive). Proof is the agent's exit record, or srun gone and a later valid listing without the step, of a
+    node that is up: Slurm forgets the steps of one that it gives up, and what runs there lives on (22.05.8).
     """
     if step.exit is not None:
         return True
@@ -230,8 +236,13 @@ def ended(ctx: Context, g: GroupState, step: StepObservation) -> bool | None:
     listing = ctx.obs.listing
     if step.exited_at is None or listing is None or listing.asked_at <= step.exited_at:
         return None
-    name = step_name(ctx.plan, g.id, g.incarnation, step.node, sweep=step.sweep)
-    return name not in listing.names and step.pid not in listing.pids
+    if step_name(ctx.plan, g.id, g.incarnation, step.node, sweep=step.sweep) in listing.names:
+        return False
+    if step.pid in listing.pids:
+        return False
+    node = ctx.obs.node(step.node)
+    known = node.asked_at is not None and node.asked_at > step.exited_at and not node.silent_s
+    return True if known and node.word in (NodeWord.UP, NodeWord.DRAINING) else None
 
 
 def has_living_steps(seen: GroupObservation) -> bool:
@@ -574,6 +585,9 @@ def _not_ended(ctx: Context, g: GroupState, steps: Any, out: Out) -> list[StepOb
         living.append(step)
         if step.process is not Process.RUNNING:
             out.want_listing = True
+            asked_at = ctx.obs.node(step.node).asked_at
+            fresh = asked_at is not None and step.exited_at is not None and asked_at > step.exited_at
+            out.want_nodes |= asked_at is None or not fresh or ctx.obs.now - asked_at >= ASK_NODES_S
     return living
 
 

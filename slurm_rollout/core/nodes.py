@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from slurm_rollout.core import moves
+from slurm_rollout.core.group import ASK_NODES_S
 from slurm_rollout.core.model import (
     CancelLost,
     Event,
@@ -23,9 +24,6 @@ from slurm_rollout.core.model import (
 )
 from slurm_rollout.core.phases import ALIVE, Phase, Reason
 from slurm_rollout.core.plan import FleetPlan
-
-ASK_S = 10.0
-"""Pause between two questions to Slurm about nodes while a step does not end."""
 
 ASK_RARELY_S = 60.0
 """The same while a group waits for a node."""
@@ -224,6 +222,6 @@ def _find_out(plan: FleetPlan, run: RunState, obs: Observation, suspects: Collec
     homeless = any(g.phase is Phase.PENDING and g.reason is Reason.NO_NODE for g in run.groups)
     returning = any(not n.back and _answers(obs, n) for n in pending)
     asked_at = max((n.asked_at for n in obs.nodes if n.asked_at is not None), default=None)
-    pause_s = ASK_S if trying or returning else ASK_RARELY_S
+    pause_s = ASK_NODES_S if trying or returning else ASK_RARELY_S
     if (trying or returning or homeless) and (asked_at is None or obs.now - asked_at >= pause_s):
         wants.nodes = True

@@ -89,7 +89,20 @@ def status_document(
         ],
         "groups": [_group(plan, state, g, now=now, wall=wall) for g in state.groups],
         "nodes": list(plan.nodes),
-        "spares": list(plan.spares),
+        "spares": [n for n in plan.nodes if n not in {m.node for g in plan.groups for m in g.members}],
+        "excluded": [
+            {
+                "name": n.name,
+                "reason": n.excluded.value,
+                "message": _public(n.message),
+                "since": unix(n.since),
+                "back": n.back,
+                "lost_steps": sum(s.node == n.name for s in state.lost_steps),
+            }
+            for n in state.nodes
+            if n.excluded
+        ],
+        "draining": {n.name: _public(n.draining) for n in state.nodes if n.draining},
         "trainer_nodes": list(plan.trainer_nodes),
     }
 
@@ -128,6 +141,7 @@ def _group(plan: FleetPlan, state: RunState, g: GroupState, *, now: float, wall:
         "message": _public(g.message),
         "incarnation": g.incarnation,
         "restarts": g.restarts,
+        "node_failures": g.node_failures,
         "budget": {
             "window_s": pool.restart.window_s,
             "restarts": _left(g.runtime_failures, pool, pool.restart.max_restarts, now),

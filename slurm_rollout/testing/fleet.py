@@ -47,21 +47,33 @@ def stub_spec(
     base: int = 18000,
     pool: str = "",
     more: str = "",
+    nodes: str = "",
+    reward: int = 0,
 ) -> str:
-    """Return a spec of stub engines whose probes are fast enough for a test: a hang is seen within 3 s."""
+    """Return a spec of stub engines whose probes are fast enough for a test: a hang is seen within 3 s.
+
+    `more` comes before the pool, `pool` into it, `nodes` into its table. `reward` groups of one node are a second pool.
+    """
     argv = [str(python), "-m", "slurm_rollout.testing.stub_engine", f"--load-s={load_s}", "--model=stub"]
     argv += [f"--entrypoints={entrypoints}", *([f"--control={control}"] if control else []), *stub_args]
+    engine = (
+        f'engine = {{ kind = "command", argv = {json.dumps(argv)}, entrypoints = "{entrypoints}", model = "stub" }}'
+    )
+    second = f'[[pool]]\nname = "reward"\ngroups = {reward}\nnodes = 1\n{engine}' if reward else ""
     return f"""\
 name = "{name}"
 heartbeat_s = 0.5
 {more}
+{f"[nodes]{chr(10)}{nodes}" if nodes else ""}
 
 [[pool]]
 name = "actor"
 groups = {groups}
 {layout}
-engine = {{ kind = "command", argv = {json.dumps(argv)}, entrypoints = "{entrypoints}", model = "stub" }}
+{engine}
 {pool}
+
+{second}
 
 [probe.startup]
 timeout_s = 30

@@ -31,6 +31,8 @@ class BarrierWatch:
     def __init__(self, fleet: Fleet, ask: Ask) -> None:
         self._fleet = fleet
         self._ask = ask
+        self.lost: set[str] = set()
+        """Nodes that were cut off: what was left there may live on beside its successor."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._documents: list[tuple[float, dict[str, Any]]] = []  # when its reading began, and what was read
@@ -88,7 +90,8 @@ class BarrierWatch:
                 self._strange.append((url, key, found))
 
     def _living(self, group: str) -> list[int]:
-        return [int(e["ROLLOUT_INCARNATION"]) for e in self._fleet.environs(ROLLOUT_GROUP=group)]
+        found = self._fleet.environs(ROLLOUT_GROUP=group)
+        return [int(e["ROLLOUT_INCARNATION"]) for e in found if e["ROLLOUT_MARK"].rpartition("/")[2] not in self.lost]
 
     def violations(self) -> list[str]:
         """Return everything that a trainer must never see, and did."""

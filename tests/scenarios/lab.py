@@ -182,6 +182,23 @@ class Lab:
     def _pid_here(self, rank: int, pid_there: int) -> int:
         return pid_there
 
+    def node(self, index: int) -> str:
+        """Return the name of a node of the fleet."""
+        return f"local{index + 1}"
+
+    def cut(self, node: str) -> None:
+        """Take a node off the network; what runs on it goes on."""
+        raise NotImplementedError
+
+    def join(self, node: str) -> None:
+        """Bring it back."""
+        raise NotImplementedError
+
+    def expect_lost(self, node: str) -> None:
+        """From now on the reader lets what was left on this node live."""
+        assert self._watch is not None
+        self._watch.lost.add(node)
+
     # ------------------------------------------------------------------------------------------------ files and the end
 
     def disk_full(self, full: bool) -> None:
@@ -239,11 +256,23 @@ class FakeLab(Lab):
     def _start(self, spec: str) -> None:
         self.fleet.start(spec, prefix=WITHOUT_ROOTS_EYE)
 
-    def spec(self, *, more: str = "", **spec: Any) -> str:
-        return super().spec(more=f'{more}\n[nodes]\naddress = "127.0.0.1"\n', **spec)
+    def spec(self, *, nodes: str = "", **spec: Any) -> str:
+        return super().spec(nodes=f'address = "127.0.0.1"\n{nodes}', **spec)
 
     def cli(self, *argv: str) -> str:
         return self.cluster.run(["slurm-rollout", *argv, "--run-dir=run"]).stdout
+
+    def node(self, index: int) -> str:
+        return self.cluster.nodes[index]
+
+    def cut(self, node: str) -> None:
+        assert isinstance(self.cluster, FakeSlurm)
+        self.expect_lost(node)
+        self.cluster.cut_node(node, after_s=4.0)
+
+    def join(self, node: str) -> None:
+        assert isinstance(self.cluster, FakeSlurm)
+        self.cluster.join_node(node)
 
     def terminate(self) -> int:
         self.end_job()
@@ -278,6 +307,13 @@ class SlurmLab(FakeLab):
 
     def spec(self, **spec: Any) -> str:
         return stub_spec(base=self.base, control=self.fleet.control, python=self.cluster.python, **spec)
+
+    def cut(self, node: str) -> None:
+        self.expect_lost(node)
+        self.cluster.cut(node)
+
+    def join(self, node: str) -> None:
+        self.cluster.join(node)
 
     def port(self, rank: int) -> int:
         return self.base

@@ -56,9 +56,7 @@ for _phase in ("launching", "loading", "ready", "failure seen", "loading again")
 def test_term_in_any_phase_drains_and_leaves_no_process(lab: Lab, state: str) -> None:
     STATES[state](lab)
     fleet = lab.fleet
-    began = time.monotonic()
     assert lab.terminate() == 0
-    assert time.monotonic() - began < 20
     assert fleet.barrier()["phase"] == "stopped"
     assert {g["phase"] for g in fleet.barrier()["groups"]} == {"stopped"}
     assert all(not g["urls"] for g in fleet.barrier()["groups"])

@@ -9,6 +9,9 @@ HANG_S = 2.0
 
 MINUTE_S = 60.0
 
+PATIENT = "probe.liveness = { period_s = 1.0, timeout_s = 2.0 }"
+"""A minute is long: half a second without a processor must be no time-out in it. A hang still takes much less."""
+
 
 def test_every_engine_saturated_with_a_rising_counter_is_left_alone(lab: Lab) -> None:
     fleet = lab.up(groups=2)
@@ -23,7 +26,7 @@ def test_every_engine_saturated_with_a_rising_counter_is_left_alone(lab: Lab) ->
 
 def test_a_minute_of_prefill_and_a_minute_under_load_end_no_engine(lab: Lab) -> None:
     """Two of four groups: not so many that the coordinator would suspect itself."""
-    fleet = lab.up(groups=4, layout="nodes = 1\nmembers_per_node = 2")
+    fleet = lab.up(groups=4, layout="nodes = 1\nmembers_per_node = 2", pool=PATIENT)
     lab.wait_ready()
     fleet.fault("actor/0", prefill_s=MINUTE_S)
     fleet.fault("actor/1", saturated=True, slow_s=2 * MINUTE_S)
@@ -36,7 +39,7 @@ def test_a_minute_of_prefill_and_a_minute_under_load_end_no_engine(lab: Lab) -> 
 
 def test_a_coordinator_that_is_cut_off_for_a_minute_ends_no_engine(lab: Lab) -> None:
     """Its probes reach nobody; the agents' own, on the nodes, say that all is well."""
-    fleet = lab.up(groups=2)
+    fleet = lab.up(groups=2, pool=PATIENT)
     lab.wait_ready()
     fleet.fault("*", deaf_to="slurm-rollout")
     blind = fleet.wait_event("blind")
