@@ -115,6 +115,15 @@ TROUBLED = document(
 )
 
 
+EXCLUDED = document(
+    excluded=[
+        {"name": "gpu06", "reason": "lost", "message": "no answer", "since": 900.0, "back": False, "lost_steps": 1},
+        {"name": "gpu07", "reason": "lost", "message": "no answer", "since": 900.0, "back": True, "lost_steps": 0},
+    ],
+    draining={"gpu08": "Kill task failed"},
+)
+
+
 def event(n: int, type_: str, **fields: Any) -> str:
     return json.dumps({"n": n, "at": 1_790_000_000.25 + n, "term": 1, "type": type_} | fields) + "\n"
 
@@ -1033,3 +1042,26 @@ class TestWait:
     def test_wrong_usage(self, run_dir: Path, capsys: pytest.CaptureFixture[str], argv: list[str], said: str) -> None:
         assert main(["wait", "--run-dir", str(run_dir), *argv]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_status_names_the_nodes_that_are_not_used_and_why(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put_status(run_dir, EXCLUDED, age_s=0.0)
+    main(["status", f"--run-dir={run_dir}"])
+    said = capsys.readouterr().out
+    assert "Node gpu06 is lost since 00:01:40: no answer; 1 of its steps may still live\n" in said
+    assert "Node gpu07 is lost since 00:01:40: no answer; it is back, and used again where no other is free\n" in said
+    assert "Node gpu08 is drained by Slurm: Kill task failed\n" in said
+
+
+def test_only_drain_and_resume_take_nodes_and_never_beside_groups(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_status(run_dir, EXCLUDED)
+    for argv, said in (
+        (["restart", "gpu06"], "no group gpu06 in this run"),
+        (["drain", "gpu99"], "no group or node gpu99 in this run; its groups: actor/0, actor/1; its nodes: gpu[05-08]"),
+        (["resume", "gpu06", "actor/0"], "groups and nodes in one request"),
+    ):
+        assert main([*argv, f"--run-dir={run_dir}"]) == 2
+        assert said in capsys.readouterr().err
+    assert not list((run_dir / "requests").iterdir())

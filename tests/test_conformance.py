@@ -177,6 +177,8 @@ CASES = {
     "show steps of nonsense": "scontrol -o show step nonsense",
     "show no job": "scontrol -o show job 999",
     "show no node": "scontrol -o show node n9",
+    "show some nodes": "scontrol -o show node n2,n3 | grep -oE '^NodeName=[^ ]*| State=[^ ]*'",
+    "the job's nodes": "scontrol -o show job $JOB | grep -oE ' NodeList=[^ ]*'",
     # What people and trainers run beside it.
     "two tasks on two nodes": "srun --jobid=$JOB --overlap -N2 -n2 -w n2,n3 sh -c "
     "'echo $SLURM_PROCID; exit $((SLURM_PROCID+4))'",

@@ -599,7 +599,8 @@ def test_the_moment_of_the_cancel_and_of_each_next_one_is_woken_up_for() -> None
     w.kill("actor/0", 0)
     first = w.tick()
     assert first.wake_at == w.now + w.plan.pools[0].stop.cancel_after_s
-    told, cancelled = w.now, []
+    told = w.now
+    cancelled: list[float] = []
     while len(cancelled) < 2:  # what is seen of the node meanwhile wakes earlier
         due = w.decisions[-1].wake_at
         assert due is not None

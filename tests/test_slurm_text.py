@@ -19,7 +19,7 @@ import pytest
 
 from slurm_rollout import proc
 from slurm_rollout.backend import StepRef, monotonic
-from slurm_rollout.core.model import Job
+from slurm_rollout.core.model import Job, NodeWord
 from slurm_rollout.core.plan import FleetPlan, SlurmSettings
 from slurm_rollout.errors import Unobservable
 from slurm_rollout.slurm import parse, srun
@@ -163,6 +163,44 @@ def test_a_running_job_and_its_end_are_read_from_every_versions_record(version: 
 @pytest.mark.parametrize("end", ["EndTime=Unknown", "EndTime=None", "EndTime=", "EndTime=2026-13-01T00:00:00", ""])
 def test_a_job_without_an_end_has_none(end: str) -> None:
     assert parse.job_record(f"JobId=1 JobState=RUNNING {end} TimeLimit=UNLIMITED").end_at is None
+
+
+@pytest.mark.parametrize(
+    ("state", "word"),
+    [
+        ("IDLE", NodeWord.UP),
+        ("MIXED", NodeWord.UP),
+        ("ALLOCATED", NodeWord.UP),
+        ("IDLE+CLOUD", NodeWord.UP),
+        ("IDLE+COMPLETING", NodeWord.UP),
+        ("MIXED+DRAIN", NodeWord.DRAINING),
+        ("DRAINING", NodeWord.DRAINING),  # up to 20.11
+        ("ALLOCATED+FAIL", NodeWord.DRAINING),
+        ("MIXED*", NodeWord.SILENT),
+        ("ALLOCATED+NOT_RESPONDING", NodeWord.SILENT),
+        ("MIXED*+DRAIN", NodeWord.SILENT),
+        ("DOWN", NodeWord.DOWN),
+        ("DOWN*", NodeWord.DOWN),
+        ("DOWN+NOT_RESPONDING", NodeWord.DOWN),
+        ("DOWN*+DRAIN", NodeWord.DOWN),
+        ("IDLE+POWERED_DOWN", NodeWord.DOWN),
+        ("UNKNOWN", NodeWord.UNKNOWN),
+        ("UNKNOWN+DRAIN", NodeWord.DRAINING),
+        ("", NodeWord.UNKNOWN),
+    ],
+)
+def test_what_a_nodes_state_means(state: str, word: NodeWord) -> None:
+    text = f"NodeName=n3 Arch=x86_64 State={state} Weight=1 Reason=Kill task failed [root@2026-11-30T12:00:00]\n"
+    assert parse.nodes(text) == {"n3": (word, "Kill task failed [root@2026-11-30T12:00:00]")}
+
+
+def test_the_nodes_that_a_job_still_has() -> None:
+    text = "JobId=12 HetJobId=12 JobState=RUNNING ReqNodeList=(null) NodeList=n1 Command=./a NodeList=x\n"
+    text += "JobId=13 HetJobId=12 JobState=RUNNING ReqNodeList=(null) ExcNodeList=n9 NodeList=n[2-3,7]\n"
+    assert parse.job_nodes(text, "13") == ("n2", "n3", "n7")
+    for bad in (text.replace("13", "14"), "JobId=13 NodeList=(null)", "JobId=13 NodeList=n[2-", ""):
+        with pytest.raises(Unobservable):
+            parse.job_nodes(bad, "13")
 
 
 @pytest.mark.parametrize(
@@ -471,6 +509,17 @@ def srun_process() -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(["sleep", "60"]) as process:
         yield process
         process.kill()
+
+
+def test_a_node_is_what_slurm_says_of_it_and_gone_when_the_job_has_lost_it(fakes: Fakes) -> None:
+    show = "case $3 in job) echo JobId=12 NodeList=n[1-2];; node) echo NodeName=n1 State=MIXED; "
+    fakes.make("scontrol", show + "echo NodeName=n2 State=DOWN Reason=why; echo NodeName=n3 State=IDLE;; esac")
+    found = asyncio.run(backend().nodes(["n1", "n2", "n3"]))
+    assert {name: (facts.word, facts.reason) for name, facts in found.items()} == {
+        "n1": (NodeWord.UP, ""),
+        "n2": (NodeWord.DOWN, "why"),
+        "n3": (NodeWord.GONE, ""),
+    }
 
 
 def test_one_scancel_for_any_number_of_steps(fakes: Fakes) -> None:

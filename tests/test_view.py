@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from slurm_rollout.cli.status import ALIVE, render
-from slurm_rollout.core.model import Failure, GroupState, Marks, RunState
+from slurm_rollout.core.model import Exclusion, Failure, GroupState, LostStep, Marks, NodeState, RunState
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import (
     Environment,
@@ -114,6 +114,26 @@ def document(state: RunState, *, reason: str = "", time_left_s: float | None = 7
     )
 
 
+def test_a_node_that_is_not_used_and_what_is_left_there() -> None:
+    node = NodeState(
+        name="n1", excluded=Exclusion.LOST, message="see http://n1:1/", since=NOW - 5, draining="Kill task failed"
+    )
+    left = LostStep(group="actor/0", incarnation=1, node="n1", name="rl.actor-0.1.0")
+    found = document(make_state(nodes=(node, NodeState(name="n2", failures=1)), lost_steps=(left,)))
+    assert found["excluded"] == [
+        {
+            "name": "n1",
+            "reason": "lost",
+            "message": "see (url)",
+            "since": WALL - 5,
+            "back": False,
+            "lost_steps": 1,
+        }
+    ]
+    assert found["draining"] == {"n1": "Kill task failed"}
+    assert "n1" not in found["spares"]
+
+
 def group_of(state: RunState) -> dict[str, Any]:
     group: dict[str, Any] = document(state)["groups"][0]
     return group
@@ -163,6 +183,7 @@ def test_a_healthy_run() -> None:
                 "message": "",
                 "incarnation": 1,
                 "restarts": 0,
+                "node_failures": 0,
                 "budget": {
                     "window_s": 3600.0,
                     "restarts": {"left": 5, "of": 5},
@@ -179,6 +200,8 @@ def test_a_healthy_run() -> None:
         ],
         "nodes": ["n1", "n2", "n3", "n4", "n5"],
         "spares": ["n5"],
+        "excluded": [],
+        "draining": {},
         "trainer_nodes": ["n0"],
     }
 

@@ -41,6 +41,8 @@ def status_document(
     with every write. `time_left_s`: of the job; None when it is not known or has no end.
     """
 
+    used = {m.node for g in plan.groups for m in g.members} | {n.name for n in state.nodes if n.excluded}
+
     def unix(at: float | None) -> float | None:
         return None if at is None else round(wall - (now - at), 3)
 
@@ -89,7 +91,7 @@ def status_document(
         ],
         "groups": [_group(plan, state, g, now=now, wall=wall) for g in state.groups],
         "nodes": list(plan.nodes),
-        "spares": [n for n in plan.nodes if n not in {m.node for g in plan.groups for m in g.members}],
+        "spares": [n for n in plan.nodes if n not in used],
         "excluded": [
             {
                 "name": n.name,
