@@ -150,6 +150,7 @@ def _failure(failure: Failure) -> dict[str, object]:
     return {
         "incarnation": failure.incarnation,
         "reason": failure.reason.value,
+        "class": None if failure.kind is None else failure.kind.value,
         "message": _public(failure.message),
         "rank": failure.rank,
         "node": failure.node,
