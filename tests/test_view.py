@@ -261,6 +261,7 @@ def test_the_last_failure() -> None:
         "incarnation": 1,
         "reason": "engine_exited",
         "class": "engine_crash",
+        "means": "an engine's process ended; see its last lines",
         "message": "code 9",
         "rank": 1,
         "node": "n2",

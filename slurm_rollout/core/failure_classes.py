@@ -166,6 +166,11 @@ def classify(
     return FailureClass.HANG if reason in _HANGS else FailureClass.ENGINE_CRASH
 
 
+def of_wish(reason: str) -> str:
+    """Return the class of an end or a phase that somebody wanted; empty where `reason` is no such wish."""
+    return next((kind.value for wish, kind in _WANTED.items() if wish == reason), "")
+
+
 def says_full(text: str) -> bool:
     """Tell whether these words are those of a full disk or a spent quota."""
     return _FULL.search(text) is not None
