@@ -293,7 +293,7 @@ class SlurmLab(FakeLab):
         self._watch = None
 
     def refuse_steps(self) -> str:
-        return "Invalid feature specification"  # of the scenario's spec
+        return "Unable to create step for job"  # 22.05.8 goes on, of a feature that no node has: "Memory required …"
 
     def _start(self, spec: str) -> None:
         self.fleet.start(spec)
