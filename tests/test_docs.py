@@ -17,6 +17,7 @@ import pytest
 from slurm_rollout import agent, barrier, cli
 from slurm_rollout.barrier import Barrier
 from slurm_rollout.core.barrier_rules import barrier_document
+from slurm_rollout.core.failure_classes import FailureClass
 from slurm_rollout.core.history import UNSEEN
 from slurm_rollout.core.model import EVENT_TYPES
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason, diagram
@@ -207,6 +208,11 @@ ENTRIES = {
     "a_trainer_that_waits_permits_the_start_that_it_waits_for": "The trainer keeps a group from starting",
     "nothing_starts_under_a_hold_and_one_whose_client_is_gone_expires": "The trainer keeps a group from starting",
     "a_hold_waits_for_the_start_in_progress": "The trainer keeps a group from starting",
+    "a_full_disk_is_charged_to_nobody_and_tried_again_ever_later": "A disk is full",
+    "a_signal_is_an_engine_crash_and_costs_one_restart": "A member crashed",
+    "an_engine_that_ends_before_it_is_ready_costs_one_start_failure": "A start that crashes until the budget is spent",
+    "a_restart_that_a_person_asks_for_is_of_the_operators_class": "Drained, stopped, restarted by people",
+    "a_step_that_slurm_refuses_costs_a_start_failure_and_waits_first": "Slurm refuses a step",
 }
 """Test of the scenarios, without `test_`: the entry in docs/troubleshooting.md for the failure that it does."""
 
@@ -228,6 +234,11 @@ def test_every_scenario_has_an_entry() -> None:
 @pytest.mark.parametrize("reason", [*(r for r in Reason if r), UNSEEN])
 def test_every_reason_leads_to_an_entry(reason: str) -> None:
     assert row_of(reason)
+
+
+@pytest.mark.parametrize("kind", FailureClass)
+def test_every_class_of_failures_is_explained(kind: str) -> None:
+    assert row_of(kind)
 
 
 @pytest.mark.parametrize("phase", list(dict.fromkeys([*map(str, Phase), *map(str, PoolPhase)])))
