@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -521,6 +523,31 @@ def test_the_last_lines_are_bounded(node: Node, tmp_path: Path) -> None:
 def test_kills_for_memory_are_counted(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], kills: int) -> None:
     monkeypatch.setattr(module, "read_file", lambda path: files.get(path, "").encode())
     assert module.oom_kills() == kills
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A memory cgroup of 80 MiB, version 1, where this machine lets us make one."""
+    folder = Path("/sys/fs/cgroup/memory") / f"test-{uuid.uuid4().hex[:12]}"
+    if not Path("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists() or not os.access(folder.parent, os.W_OK):
+        pytest.skip("no memory cgroup (version 1) can be made here")
+    folder.mkdir()
+    try:
+        for name in ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"):
+            with contextlib.suppress(OSError):  # swap is not counted everywhere
+                (folder / name).write_text(str(80 << 20))
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def test_the_kernels_kill_for_memory_is_seen(node: Node, small_memory: Path) -> None:
+    enter = f"open('{small_memory}/cgroup.procs', 'w').write(str(g['os'].getpid()))"
+    agent = node.agent(member(argv=python("b'x' * (300 << 20)")), patch=enter)
+    agent.go()
+    record = agent.ended("engine_exited", 80)
+    assert (record["signal"], record["oom"]) == (signal.SIGKILL, True)
+    assert "because memory was used up" in record["message"]
 
 
 def test_an_end_for_lack_of_memory_is_told(node: Node) -> None:
