@@ -31,6 +31,7 @@ from collections import Counter  # json needs it anyway
 # Every import delays every recovery: what only some steps need is imported where it is needed, `typing` not at all.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Any
 
@@ -63,6 +64,27 @@ PAUSE_LOOK_S = 1.0  # how often the barrier is asked whether the engines sleep
 MAX_BODY_BYTES = 8 << 20
 LAST_LINES = 20
 LAST_LINES_BYTES = 4096
+FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+FULL_WORDS = ("no space left on device", "disk quota exceeded", "[errno 28]", "[errno 122]")
+FULL_BYTES = 1 << 20  # a file system with less than this is full
+DISK_LOOK_S = 0.2  # a file server that hangs must not delay a recovery
+KMSG_LOOK_S = 0.05
+
+# Where the GPU, the link or the driver's firmware broke, and no engine did wrong (NVIDIA's Xid catalogue,
+# docs.nvidia.com/deploy/xid-errors). Not 63: a row waits to be remapped, and the GPU can be used until then. Not 13, 31
+# or 43: these are the engine's own doing.
+BROKEN_XIDS = {
+    48: "a double-bit memory error",
+    64: "a memory row could not be remapped",
+    74: "an NVLink error",
+    79: "the GPU has fallen off the bus",
+    94: "an uncorrectable memory error, contained",
+    95: "an uncorrectable memory error, uncontained",
+    119: "the GPU's firmware (GSP) does not answer",
+    120: "an error of the GPU's firmware (GSP)",
+}
+BROKEN_WORDS = ("fallen off the bus", "uncorrectable ecc error", "gpu is lost", "uncorrectable nvlink error")
+SMI_LOST = {15: "a GPU is lost", 16: "a GPU needs a reset"}  # NVML's codes, with which nvidia-smi exits
 
 GO_AGAIN_S = 2.0  # a coordinator that missed `started` repeats its go: within this, USR2 asks for no snapshot
 LOOKS_APART_S = 0.2  # two looks tell what spins from what sleeps
@@ -85,6 +107,7 @@ class End(Exception):
         super().__init__(message)
         self.cause = cause
         self.record = {"cause": cause, "message": message, **details}
+        self.kernel: KernelLog | None = None
 
 
 class Reports:
@@ -446,7 +469,8 @@ class Records:
             self._path = os.path.join(step.state_dir, *step.folder)
             make_folders(self._path)
         except OSError as error:
-            raise End("bad_config", f"state directory {step.state_dir} cannot be used: {error}") from None
+            message = f"state directory {step.state_dir} cannot be used: {error}"
+            raise End("bad_config", message, **no_room(error, step.state_dir, step.node)) from None
 
     def claim(self) -> None:
         """Claim the incarnation. Raises `End` where it, or a newer one, was claimed on this node."""
@@ -456,7 +480,8 @@ class Records:
         except FileExistsError:
             raise self._other(step.incarnation) from None
         except OSError as error:
-            raise End("bad_config", f"no claim can be written to {self._path}: {error}") from None
+            message = f"no claim can be written to {self._path}: {error}"
+            raise End("bad_config", message, **no_room(error, self._path, step.node)) from None
         # Looked at after our own claim was made, so that of two agents at least the older one sees the other.
         newest = max((n for n, _ in self._numbered("claim-")), default=0)
         if newest > step.incarnation:
@@ -789,6 +814,7 @@ class GpuMemory:
         self._judged_at: float | None = None
         self._finding = "nvidia-smi was not asked"
         self.notes: list[str] = []
+        self.lost = ""  # what makes waiting pointless
         if self._wanted and not self._program:
             self.notes.append("nvidia-smi is not on PATH: GPU memory was not judged")
 
@@ -831,6 +857,7 @@ class GpuMemory:
             os.close(reader)
             code = exit_code(self._inbox.exits[pid])
             if code != 0:
+                self.lost = SMI_LOST.get(code, "") or next((w for w in BROKEN_WORDS if w in text.lower()), "")
                 trouble = f"nvidia-smi failed (exit {code}): {' '.join(text.split())[:200]}"
             answers[question.split("=")[0]] = [[cell.strip() for cell in row.split(",")] for row in text.splitlines()]
         if trouble:
@@ -891,6 +918,8 @@ def fence(step: Step, records: Records, inbox: Inbox) -> None:
         gpu_wait = gpu.waits_for(old, quiet_since)
         if gpu_wait is not None:
             waits["gpu_memory"] = gpu_wait
+            if gpu.lost:
+                raise End("gpu_memory", gpu_wait, hardware=f"{step.node}: nvidia-smi says: {gpu.lost}")
         if not waits:
             break
         elapsed = now - began
@@ -933,7 +962,7 @@ def start(step: Step, records: Records, inbox: Inbox, prctl: Callable[[int, int]
         if step.setup:
             argv = ["bash", "-c", "\n".join(step.setup) + '\nexec "$@"', "bash", *argv]
         env = {**os.environ, **member.env, **gpu_environment(member), "ROLLOUT_MARK": step.mark}
-        log = open_log(member) if member.log else null
+        log = open_log(member, step.node) if member.log else null
         pid, result = spawn(argv, env, inbox, stdout=log, stderr=log, prctl=prctl)
         engines[pid] = Engine(member)
         waiting[result] = member
@@ -955,13 +984,14 @@ def start(step: Step, records: Records, inbox: Inbox, prctl: Callable[[int, int]
     return engines
 
 
-def open_log(member: Member) -> int:
+def open_log(member: Member, node: str) -> int:
     try:
         make_folders(os.path.dirname(member.log) or ".")
         return os.open(member.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
         message = f"rank {member.rank}: its log {member.log} cannot be opened: {error.strerror}"
-        raise End("exec_failed", message, rank=member.rank) from None
+        room = no_room(error, os.path.dirname(member.log), node)
+        raise End("exec_failed", message, rank=member.rank, **room) from None
 
 
 def exec_failed(member: Member, program: str, error: str) -> End:
@@ -1050,10 +1080,15 @@ def oom_kills() -> int:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        name = (
-            f"/sys/fs/cgroup/memory{path}/memory.oom_control" if controllers else f"/sys/fs/cgroup{path}/memory.events"
-        )
-        for words in map(bytes.split, read_file(name).splitlines()):
+        if controllers:
+            text = read_file(f"/sys/fs/cgroup/memory{path}/memory.oom_control")
+        else:
+            text = read_file(f"/sys/fs/cgroup{path}/memory.events")
+            # The task's own cgroup need not have the memory controller: Slurm's limit is the step's.
+            while not text and "/step_" in os.path.dirname(path):
+                path = os.path.dirname(path)
+                text = read_file(f"/sys/fs/cgroup{path}/memory.events")
+        for words in map(bytes.split, text.splitlines()):
             if words[0] == b"oom_kill":
                 return int(words[1])
     return 0
@@ -1098,11 +1133,13 @@ def graceful(step: Step, engines: dict[int, Engine], inbox: Inbox) -> None:
 # ---------------------------------------------------------------------------------------------------------------- logs
 
 
-def in_background(function: Callable[..., None], *arguments: Any) -> None:
+def in_background(function: Callable[..., None], *arguments: Any) -> threading.Thread:
     """Run it in a thread: a file system or an engine that hangs must not keep the agent from stopping."""
     import threading
 
-    threading.Thread(target=function, args=arguments, daemon=True).start()
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    thread.start()
+    return thread
 
 
 def rotate_logs(logs: list[str], max_bytes: int) -> None:
@@ -1143,6 +1180,84 @@ def last_lines(log: str) -> list[str]:
     except OSError:
         return []
     return text.decode(errors="replace").splitlines()[-LAST_LINES:]
+
+
+# ------------------------------------------------------------------------------------------------------- whose fault
+
+
+def no_room(error: BaseException, path: str, node: str) -> dict[str, str]:
+    """Return what the exit record says of a full disk where this error means one."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in FULL_ERRORS:
+        return {}
+    return {"disk": f"{path} on {node} " + ("is full" if number == errno.ENOSPC else "is over its quota")}
+
+
+def full_disk(step: Step, member: Member, lines: list[str]) -> str:
+    """Return which file system is full where the engine's last lines say that one is; empty where they do not."""
+    text = "\n".join(lines).lower()
+    if not any(words in text for words in FULL_WORDS):
+        return ""
+    temporary = member.env.get("TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    places = [os.path.dirname(member.log), ".", temporary, "/tmp", "/dev/shm", os.path.expanduser("~")]
+    found: list[str] = []
+    look = in_background(look_for_room, places, found)
+    look.join(DISK_LOOK_S)
+    if found:
+        return f"{', '.join(found)} on {step.node} is full"
+    return f"a file system that {step.node} uses is full or over its quota, as the last lines say"
+
+
+def look_for_room(places: list[str], found: list[str]) -> None:
+    """Add those of these folders to `found` whose file system is full, each file system once."""
+    seen = set()
+    for place in places:
+        try:
+            device, room, path = os.stat(place).st_dev, os.statvfs(place), os.path.abspath(place)
+        except OSError:
+            continue
+        # Some file systems do not say how large they are.
+        full = room.f_blocks > 0 and room.f_bavail * room.f_frsize < FULL_BYTES
+        if device not in seen and (full or (room.f_files > 0 and room.f_favail == 0)):
+            found.append(path)
+        seen.add(device)
+
+
+class KernelLog:
+    """What the kernel logs from now on. Most sites let only root read it (dmesg_restrict); then it says nothing."""
+
+    def __init__(self) -> None:
+        try:
+            self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+            os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError:
+            self._fd = -1
+
+    def lines(self) -> Iterator[str]:
+        """Yield the new lines; a flood of them is left unread."""
+        until = time.monotonic() + KMSG_LOOK_S
+        while self._fd >= 0 and time.monotonic() < until:
+            try:
+                record = os.read(self._fd, 8192)
+            except BrokenPipeError:  # the oldest were overwritten: the next read goes on behind them
+                continue
+            except OSError:
+                return
+            if not record:
+                return
+            yield record.decode(errors="replace").partition(";")[2]
+
+
+def broken_gpu(kernel: Iterable[str], lines: list[str]) -> str:
+    """Return what the kernel's log, or else the engine's, says of a broken GPU; empty for nothing."""
+    for line in kernel:
+        # NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, name=python3, GPU has fallen off the bus.
+        where, _, rest = line.partition("NVRM: Xid (")[2].partition("): ")
+        number = rest.split(",")[0].strip()
+        if number.isdigit() and int(number) in BROKEN_XIDS:
+            return f"the driver reported Xid {number} of {where}: {BROKEN_XIDS[int(number)]}"
+    text = "\n".join(lines).lower()
+    return next((f"the last lines say: {words}" for words in BROKEN_WORDS if words in text), "")
 
 
 # --------------------------------------------------------------------------------------------------------- local probe
@@ -1550,6 +1665,7 @@ def serve(step: Step, records: Records, inbox: Inbox) -> None:
     prctl = load_prctl()
     become_subreaper(prctl)
     limit_core_dumps()
+    kernel = KernelLog() if any(member.gpus for member in step.members) else None
     inbox.go = False
     while not inbox.go:
         inbox.wait(None)
@@ -1559,6 +1675,7 @@ def serve(step: Step, records: Records, inbox: Inbox) -> None:
     try:
         watch(step, engines, records, inbox)
     except End as end:
+        end.kernel = kernel
         if end.cause == "stopped":
             graceful(step, engines, inbox)
         raise
@@ -1591,13 +1708,19 @@ def main() -> int:
         import traceback
 
         traceback.print_exc()
-        end = End("bad_config", f"the agent failed: {type(error).__name__}: {error}")
+        room = no_room(error, getattr(error, "filename", None) or "a file system", step.node if step else "this node")
+        end = End("bad_config", f"the agent failed: {type(error).__name__}: {error}", **room)
     end_tree(inbox)
     if records is not None:
         records.remove()
     if end.cause == "engine_exited" and step is not None:
-        log = next(member.log for member in step.members if member.rank == end.record["rank"])
-        end.record["last_lines"] = last_lines(log) if log else []
+        member = next(member for member in step.members if member.rank == end.record["rank"])
+        lines = end.record["last_lines"] = last_lines(member.log) if member.log else []
+        evidence = {
+            "disk": full_disk(step, member, lines),
+            "hardware": broken_gpu(end.kernel.lines(), lines) if end.kernel is not None else "",
+        }
+        end.record.update({key: text for key, text in evidence.items() if text})
     reports.say("exit", **end.record)
     return STATUS[end.cause]
 

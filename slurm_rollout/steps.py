@@ -402,6 +402,8 @@ def _take_in(step: _Step, report: dict[str, Any]) -> None:
                 code=report.get("code"),
                 signal=report.get("signal"),
                 oom=bool(report.get("oom")),
+                disk=str(report.get("disk") or ""),
+                hardware=str(report.get("hardware") or ""),
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -499,6 +501,21 @@ def test_the_last_lines_are_bounded(node: Node, tmp_path: Path) -> None:
             },
             2,
         ),
+        (  # Slurm limits the step; its tasks' cgroups need not have the memory controller
+            {
+                "/proc/self/cgroup": "0::/s.scope/job_5/step_0/user/task_0\n",
+                "/sys/fs/cgroup/s.scope/job_5/step_0/memory.events": "oom 1\noom_kill 1\noom_group_kill 0\n",
+                "/sys/fs/cgroup/s.scope/job_5/memory.events": "oom_kill 7\n",
+            },
+            1,
+        ),
+        (  # what happens to other jobs is not ours
+            {
+                "/proc/self/cgroup": "0::/s.scope/job_5/step_0/user/task_0\n",
+                "/sys/fs/cgroup/s.scope/job_5/memory.events": "oom_kill 7\n",
+            },
+            0,
+        ),
         ({"/proc/self/cgroup": "0::/a\n"}, 0),
         ({}, 0),
     ],
@@ -508,6 +525,31 @@ def test_kills_for_memory_are_counted(monkeypatch: pytest.MonkeyPatch, files: di
     assert module.oom_kills() == kills
 
 
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A memory cgroup of 80 MiB, version 1, where this machine lets us make one."""
+    folder = Path("/sys/fs/cgroup/memory") / f"test-{uuid.uuid4().hex[:12]}"
+    if not Path("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists() or not os.access(folder.parent, os.W_OK):
+        pytest.skip("no memory cgroup (version 1) can be made here")
+    folder.mkdir()
+    try:
+        for name in ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"):
+            with contextlib.suppress(OSError):  # swap is not counted everywhere
+                (folder / name).write_text(str(80 << 20))
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def test_the_kernels_kill_for_memory_is_seen(node: Node, small_memory: Path) -> None:
+    enter = f"open('{small_memory}/cgroup.procs', 'w').write(str(g['os'].getpid()))"
+    agent = node.agent(member(argv=python("b'x' * (300 << 20)")), patch=enter)
+    agent.go()
+    record = agent.ended("engine_exited", 80)
+    assert (record["signal"], record["oom"]) == (signal.SIGKILL, True)
+    assert "because memory was used up" in record["message"]
+
+
 def test_an_end_for_lack_of_memory_is_told(node: Node) -> None:
     patch = "counts = iter([1, 2])\ng['oom_kills'] = lambda: next(counts)"
     agent = node.agent(member(argv=["sh", "-c", "kill -9 $$"]), patch=patch)
@@ -515,6 +557,148 @@ def test_an_end_for_lack_of_memory_is_told(node: Node) -> None:
     record = agent.ended("engine_exited", 80)
     assert record["oom"] is True
     assert "memory" in record["message"]
+
+
+# -------------------------------------------------------------------------------------------------- whose fault it was
+
+
+ROOM = """
+import types
+real = os.statvfs
+def statvfs(path):
+    free = 0 if path == {full!r} else 1 << 30
+    return types.SimpleNamespace(f_blocks=1 << 30, f_bavail=free, f_frsize=1, f_files=9, f_favail=9)
+os.statvfs = statvfs
+"""
+
+
+def dies_saying(node: Node, tmp_path: Path, words: str, *, patch: str = "", **changes: Any) -> Json:
+    log = tmp_path / "engine.log"
+    engine = member(argv=["sh", "-c", f'echo "{words}"; exit 1'], log=str(log), **changes)
+    agent = node.agent(engine, patch=f"import os\n{patch}")
+    agent.go()
+    return agent.ended("engine_exited", 80)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "OSError: [Errno 28] No space left on device: 'x'",
+        "RuntimeError: no space left on device",
+        "Disk quota exceeded",
+        "OSError: [Errno 122]",
+    ],
+)
+def test_an_engine_that_says_that_its_disk_is_full(node: Node, tmp_path: Path, words: str) -> None:
+    record = dies_saying(node, tmp_path, words, patch=ROOM.format(full="nowhere"))
+    assert record["disk"] == "a file system that n1 uses is full or over its quota, as the last lines say"
+
+
+def test_the_full_file_system_is_named_where_it_can_be_seen(node: Node, tmp_path: Path) -> None:
+    full = tmp_path / "scratch"
+    full.mkdir()
+    patch = ROOM.format(full=str(full)) + "devices = iter(range(99))\nreal_stat = os.stat\n"
+    patch += (
+        "os.stat = lambda p, **o: types.SimpleNamespace(st_dev=next(devices)) if p == {!r} else real_stat(p, **o)\n"
+    )
+    record = dies_saying(
+        node, tmp_path, "No space left on device", patch=patch.format(str(full)), env={"TMPDIR": str(full)}
+    )
+    assert record["disk"] == f"{full} on n1 is full"
+
+
+def test_a_full_disk_of_which_the_engine_says_nothing_is_not_why_it_died(node: Node, tmp_path: Path) -> None:
+    record = dies_saying(node, tmp_path, "assertion failed", patch=ROOM.format(full="/tmp"))
+    assert "disk" not in record
+
+
+def test_a_file_server_that_hangs_does_not_keep_the_agent(node: Node, tmp_path: Path) -> None:
+    patch = "import time\nos.statvfs = lambda path: time.sleep(600)"
+    began = time.monotonic()
+    record = dies_saying(node, tmp_path, "No space left on device", patch=patch)
+    assert time.monotonic() - began < 10
+    assert "as the last lines say" in record["disk"]
+
+
+@pytest.mark.parametrize(("number", "says"), [("ENOSPC", "is full"), ("EDQUOT", "is over its quota"), ("EACCES", None)])
+def test_a_log_for_which_there_is_no_room(node: Node, tmp_path: Path, number: str, says: str | None) -> None:
+    folder = tmp_path / "logs"
+    patch = f"""
+import errno, os
+real = os.open
+def full(path, *rest, **more):
+    if str(path).startswith({str(folder)!r}):
+        raise OSError(errno.{number}, os.strerror(errno.{number}), path)
+    return real(path, *rest, **more)
+os.open = full
+"""
+    agent = node.agent(member(log=str(folder / "0.log")), patch=patch)
+    agent.saw("fenced")
+    agent.send(signal.SIGUSR2)
+    record = agent.ended("exec_failed", 85)
+    assert record.get("disk") == (says and f"{folder} on n1 {says}")
+
+
+def test_a_state_directory_for_which_there_is_no_room(node: Node) -> None:
+    patch = """
+import errno, os
+def full(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+g["make_folders"] = full
+"""
+    record = node.agent(member(), patch=patch).ended("bad_config", 86)
+    assert record["disk"] == f"{node.state_dir} on n1 is full"
+
+
+XID = "NVRM: Xid (PCI:0000:3b:00): {}, pid=1234, name=python3, {}"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "lines", "says"),
+    [
+        ([XID.format(79, "GPU has fallen off the bus.")], [], "Xid 79 of PCI:0000:3b:00: the GPU has fallen off"),
+        ([XID.format(31, "MMU fault"), XID.format(48, "DBE")], [], "Xid 48"),
+        (["NVRM: Xid (0000:03:00): 95, pid='<unknown>'"], [], "Xid 95 of 0000:03:00"),
+        ([XID.format(31, "MMU fault"), XID.format(13, ""), XID.format(43, "")], [], ""),
+        ([XID.format(63, "Row Remapper: New row marked for remapping")], [], ""),
+        (["NVRM: Xid (", "NVRM: Xid (PCI:0): x", "usb 1-1: 79"], [], ""),
+        ([], ["CUDA error: uncorrectable ECC error encountered"], "the last lines say: uncorrectable ecc error"),
+        ([], ["CUDA error: an illegal memory access was encountered"], ""),
+        ([], ["CUDA out of memory"], ""),
+    ],
+)
+def test_what_a_broken_gpu_is_known_by(kernel: list[str], lines: list[str], says: str) -> None:
+    found = module.broken_gpu(kernel, lines)
+    assert says in found
+    assert bool(found) is bool(says)
+
+
+@pytest.mark.parametrize("gpus", [[0], []])
+def test_what_the_kernel_said_while_the_engines_ran_is_in_the_exit_record(
+    node: Node, tmp_path: Path, gpus: list[int]
+) -> None:
+    log = tmp_path / "kmsg"
+    log.write_text("4,1,1,-;" + XID.format(95, "of yesterday") + "\n")
+    patch = f"""
+real = os.open
+os.open = lambda path, *rest, **more: real({str(log)!r} if path == "/dev/kmsg" else path, *rest, **more)
+"""
+    words = f"x\" && echo '4,2,2,-;{XID.format(79, 'lost')}' >> {log} && echo \"y"
+    record = dies_saying(node, tmp_path, words, patch=patch, gpus=gpus)
+    seen = "the driver reported Xid 79 of PCI:0000:3b:00: the GPU has fallen off the bus"
+    assert record.get("hardware") == (seen if gpus else None)
+
+
+def test_a_kernel_log_that_is_not_for_us_says_nothing(node: Node, tmp_path: Path) -> None:
+    patch = """
+real = os.open
+def refuse(path, *rest, **more):
+    if path == "/dev/kmsg":
+        raise PermissionError(1, "Operation not permitted")
+    return real(path, *rest, **more)
+os.open = refuse
+"""
+    assert "hardware" not in dies_saying(node, tmp_path, "x", patch=patch, gpus=[0])
 
 
 @pytest.mark.parametrize("end", ["stop", "engine"])

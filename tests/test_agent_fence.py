@@ -468,6 +468,20 @@ def test_an_nvidia_smi_in_trouble_proves_nothing(node: Node, smi: Path, trouble:
     assert words in message
 
 
+@pytest.mark.parametrize(
+    ("says", "code", "lost"),
+    [
+        ("No devices were found", 15, "a GPU is lost"),
+        ("Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.", 255, "gpu is lost"),
+    ],
+)
+def test_a_lost_gpu_is_not_waited_for(node: Node, smi: Path, says: str, code: int, lost: str) -> None:
+    (smi / "nvidia-smi").write_text(f"#!/bin/sh\necho '{says}'\nexit {code}\n")
+    agent = with_gpus(node, smi, [0], fence={**UNSHARED, "timeout_s": 600})
+    record = agent.ended("gpu_memory", 83)
+    assert record["hardware"] == f"n1: nvidia-smi says: {lost}"
+
+
 def test_an_nvidia_smi_that_hangs_is_told_and_can_be_stopped(node: Node, smi: Path) -> None:
     (smi / "hang").touch()
     agent = node.agent(

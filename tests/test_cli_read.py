@@ -99,6 +99,8 @@ TROUBLED = document(
         failure={
             "incarnation": 3,
             "reason": "engine_exited",
+            "class": "engine_crash",
+            "means": "an engine's process ended; see its last lines",
             "message": "code -9 (killed), which nobody asked for",
             "rank": 1,
             "node": "gpu06",
@@ -319,7 +321,10 @@ GROUP   MESSAGE
 actor/0 next start in 48 s
 
 GROUP   FAILED   INC MEMBER  REASON        LAST FAILURE
-actor/0 00:00:13   3 1@gpu06 engine_exited code -9 (killed), which nobody asked+"""
+actor/0 00:00:13   3 1@gpu06 engine_exited code -9 (killed), which nobody asked+
+
+GROUP   CLASS        MEANS
+actor/0 engine_crash an engine's process ended; see its last lines"""
 
 GOLDEN_LOST = """\
 Run qwen3-moe-rl, job 123456: ready, epoch 7
@@ -333,6 +338,25 @@ GROUP   PHASE SINCE    INC RESTARTS BUDGET NEXT NODES(REASON)
 actor/0 ready 00:01:00   1        0 5/5    -    gpu[05-08]
 actor/1 ready 00:01:00   1        0 5/5    -    gpu[05-08]
 """
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, True),
+        ({"phase": "ready"}, False),
+        ({"phase": "stopped", "reason": "operator"}, False),
+        ({"failure": None}, False),
+        (
+            {"failure": {k: v for k, v in TROUBLED["groups"][0]["failure"].items() if k not in ("class", "means")}},
+            False,
+        ),
+    ],
+)
+def test_what_a_failure_means_is_said_while_it_matters(changes: dict[str, Any], shown: bool) -> None:
+    document = {**TROUBLED, "groups": [{**TROUBLED["groups"][0], **changes}]}
+    text = status.render(document, age_s=3.0, verdict=status.ALIVE)
+    assert ("engine_crash an engine's process ended" in text) is shown
 
 
 def test_the_table_at_80_columns() -> None:

@@ -53,7 +53,7 @@ def start(at: float, n: int, term: int = 1) -> str:
 
 CRASH = (
     line(3600, "failure", 1, reason="engine_exited", message="rank 1 was ended by signal 9 (Killed)", rank=1)[:-2]
-    + ', "node": "gpu06", "data": {"restarted_peers": [0]}}\n'
+    + ', "node": "gpu06", "data": {"restarted_peers": [0], "class": "engine_crash"}}\n'
     + line(3600.2, "stopped", 1, data={"stop_s": 0.2})
     + line(3600.5, "fenced", 1, data={"fence_s": 0.3})
 )
@@ -199,6 +199,8 @@ Incarnation 1 on gpu[05-06]: served 00:58:59, then engine_exited
   Ready        2026-09-21T14:14:21
   Ended        2026-09-21T15:13:20, engine_exited 1@gpu06: rank 1 was ended by signal 9 (Killed)
                rank 0 was healthy and restarted with it
+  Means        engine_crash: An engine's process ended by itself: its last lines say why, as far as it knew. One \
+restart is charged.
   Took         stop 0.2 s, fence 0.3 s, launch 1 s, start 60 s (verify 0.5 s of it)
   Recovered    as incarnation 2, in 61.5 s
   Exit records gpu05: stopped by SIGUSR1

@@ -17,6 +17,7 @@ import pytest
 from slurm_rollout import agent, barrier, cli
 from slurm_rollout.barrier import Barrier
 from slurm_rollout.core.barrier_rules import barrier_document
+from slurm_rollout.core.failure_classes import FailureClass
 from slurm_rollout.core.history import UNSEEN
 from slurm_rollout.core.model import EVENT_TYPES
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason, diagram
@@ -210,6 +211,11 @@ ENTRIES = {
     "a_group_whose_node_is_lost_moves_to_the_spare_at_no_cost": "A node is lost",
     "without_a_spare_a_group_waits_and_starts_by_itself_when_its_node_is_back": "No node is left",
     "a_drained_node_loses_its_group_to_the_spare_and_is_taken_back": "Drained, stopped, restarted by people",
+    "a_full_disk_is_charged_to_nobody_and_tried_again_ever_later": "A disk is full",
+    "a_signal_is_an_engine_crash_and_costs_one_restart": "A member crashed",
+    "an_engine_that_ends_before_it_is_ready_costs_one_start_failure": "A start that crashes until the budget is spent",
+    "a_restart_that_a_person_asks_for_is_of_the_operators_class": "Drained, stopped, restarted by people",
+    "a_step_that_slurm_refuses_costs_a_start_failure_and_waits_first": "Slurm refuses a step",
 }
 """Test of the scenarios, without `test_`: the entry in docs/troubleshooting.md for the failure that it does."""
 
@@ -231,6 +237,11 @@ def test_every_scenario_has_an_entry() -> None:
 @pytest.mark.parametrize("reason", [*(r for r in Reason if r), UNSEEN])
 def test_every_reason_leads_to_an_entry(reason: str) -> None:
     assert row_of(reason)
+
+
+@pytest.mark.parametrize("kind", FailureClass)
+def test_every_class_of_failures_is_explained(kind: str) -> None:
+    assert row_of(kind)
 
 
 @pytest.mark.parametrize("phase", list(dict.fromkeys([*map(str, Phase), *map(str, PoolPhase)])))

@@ -156,7 +156,7 @@ def test_an_operators_restart_says_who_asked() -> None:
     first, second = incarnations(events, G)
     found = end(first)
     assert (end(second).message, end(second).by) == ("told to end", "")
-    assert (found.at, found.reason, found.by) == (51.0, "operator", "ann@login1")
+    assert (found.at, found.reason, found.kind, found.by) == (51.0, "operator", "operator", "ann@login1")
     assert found.message == "restart, asked by ann@login1"
     assert found.recovered_as == 2
     assert found.recovery_s == pytest.approx(4.5)

@@ -745,6 +745,14 @@ def test_exit_ends_it_with_that_code_in_that_incarnation_only(lab: Lab) -> None:
     assert generate(again.port)
 
 
+def test_a_write_without_room_ends_it_with_the_error_in_its_last_line(lab: Lab) -> None:
+    engine = lab.start("--group", "a/0")
+    engine.wait_listening()
+    set_fault(lab.control, "a/0/0", write="/dev/full")
+    assert engine.wait_exit() == 1
+    assert engine.log().splitlines()[-1].endswith("OSError: [Errno 28] No space left on device")
+
+
 def test_crash_at_start_comes_before_the_port(lab: Lab) -> None:
     set_fault(lab.control, "*", crash_at_start=True)
     engine = lab.start()

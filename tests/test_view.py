@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from slurm_rollout.cli.status import ALIVE, render
+from slurm_rollout.core.failure_classes import FailureClass
 from slurm_rollout.core.model import Exclusion, Failure, GroupState, LostStep, Marks, NodeState, RunState
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import (
@@ -276,11 +277,14 @@ def test_the_last_failure() -> None:
         wall=WALL - 5,
         rank=1,
         node="n2",
+        kind=FailureClass.ENGINE_CRASH,
         restarted_peers=(0,),
     )
     assert group_of(make_state(ready(0, failure=failure)))["failure"] == {
         "incarnation": 1,
         "reason": "engine_exited",
+        "class": "engine_crash",
+        "means": "an engine's process ended; see its last lines",
         "message": "code 9",
         "rank": 1,
         "node": "n2",

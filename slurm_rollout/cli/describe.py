@@ -30,8 +30,9 @@ TAIL_BYTES = 64 * 1024
 
 _HELP = """\
 Shows one group: how it stands now, then each incarnation (start), the newest first: when it served, why it ended,
-who asked for it, how long each stage of the recovery took, what the agents' exit records say, the last log lines
-of the members that failed, and the black box: what a hung group's processes were doing before they were ended.
+what that means, who asked for it, how long each stage of the recovery took, what the agents' exit records say, the
+last log lines of the members that failed, and the black box: what a hung group's processes were doing before they
+were ended.
 
 Took: detect is the time from the start of the first probe that failed (an engine that exits is seen at once); stop
 holds the snapshot of a hung group; fence: until its ports were closed; backoff: the wait before the next start; launch:
@@ -44,9 +45,10 @@ example: what happened to actor/1 last night, and which rank hung?
   slurm-rollout describe actor/1 -j 123456 --incarnation 4 --snapshot --lines 50
 
 --json: {meta: {schema: 1, run_dir, coordinator, age_s}, errors, run, group, incarnations: [{incarnation, nodes,
-launched_at, go_at, ready_at, launch_s, start_s, verify_s, end: {at, reason, message, rank, node, by, detect_s, stop_s,
-snapshot_s, fence_s, backoff_s, launch_s, start_s, verify_s, recovery_s, recovered_as, …} or null, steps, last_lines,
-logs, snapshots, first_stuck: {rank, why} or null, notes}], older}. `…_at` are Unix seconds. Unknown is null.
+launched_at, go_at, ready_at, launch_s, start_s, verify_s, end: {at, reason, kind, message, rank, node, by, detect_s,
+stop_s, snapshot_s, fence_s, backoff_s, launch_s, start_s, verify_s, recovery_s, recovered_as, …} or null, steps,
+last_lines, logs, snapshots, first_stuck: {rank, why} or null, notes}], older}. `…_at` are Unix seconds, `kind` is the
+class of the failure. Unknown is null.
 
 Exit codes: 0; 1 something could not be read (only `status` is open to other users); 2 usage, or no such group."""
 

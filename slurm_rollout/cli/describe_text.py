@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from slurm_rollout.cli.table import clean, columns, duration
+from slurm_rollout.core.failure_classes import RULES, FailureClass
 from slurm_rollout.core.hostlist import expand, fold
 
 NOTES = 10
@@ -205,6 +206,8 @@ def _end(end: Mapping[str, Any]) -> Iterator[str]:
     yield from _row("Ended", f"{_stamp(end['at'])}, {why}: {_one_line(end['message'])}")
     if end["restarted_peers"]:
         yield from _row("", f"rank {', '.join(map(str, end['restarted_peers']))} was healthy and restarted with it")
+    if end["kind"] in set(FailureClass) and end["reason"] != "takeover":  # which is no engine's failure to start
+        yield from _row("Means", f"{end['kind']}: {RULES[FailureClass(end['kind'])].sentence}")
     took = [
         _took(detect=end["detect_s"]),
         _took(stop=end["stop_s"]) + _part("snapshot", end["snapshot_s"]) if end["stop_s"] is not None else "",

@@ -35,6 +35,9 @@ _RETRY_S = (0.02, 0.05, 0.1)
 
 ALIVE, LOST, ENDED = "alive", "lost", "ended"
 
+WANTED = frozenset({"first_start", "operator", "run_ending", "job_ending", "takeover"})
+"""Reasons for which a group is not ready although nothing failed."""
+
 ODD = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 """What the content of another version's status file, or of none, may raise."""
 
@@ -50,6 +53,7 @@ BUDGET is restarts left/of within the window; where a start-up failed, start-up 
 NEXT is what time will bring, and in how long: launch (after a backoff), go (engines start when every node is
 fenced), give_up (loading takes too long), cancel (Slurm ends what the agents did not).
 MESSAGE is what keeps a group from going on, LAST FAILURE is history: it stays when the group is ready again.
+CLASS, of groups that are not ready, is what the evidence says that it was, and MEANS what that means.
 "Blind": Slurm does not answer. "Suspects itself": most groups time out at once, so only the agents are believed.
 
 Exit codes: 0 all groups ready, 3 some not (or the run has ended), 4 unknown: no heartbeat of the coordinator
@@ -258,6 +262,10 @@ def render(
     if failures:
         headings = ("GROUP", "FAILED", "INC", "MEMBER", "REASON", "LAST FAILURE")
         lines += ["", *columns(failures, titles=headings, right=(2,), width=width)]
+    down = [g for g in groups if g["phase"] != "ready" and g["reason"] not in WANTED]
+    meanings = [(g["id"], g["failure"]["class"], g["failure"]["means"]) for g in down if _class(g)]
+    if meanings:
+        lines += ["", *columns(meanings, titles=("GROUP", "CLASS", "MEANS"), width=width)]
     failed = [g["id"] for g in groups if g["phase"] == "failed"]
     if failed and verdict is ALIVE:
         lines += ["", cut(clean(f"Comes back only when asked: slurm-rollout restart {' '.join(failed)}"), width)]
@@ -321,6 +329,11 @@ def _failure_row(group: str, failure: dict[str, Any], at: float) -> tuple[object
     who = "@".join(str(part) for part in (failure["rank"], failure["node"] or None) if part is not None)
     ago = duration(at - failure["at"])
     return group, ago, failure["incarnation"], who, failure["reason"], failure["message"]
+
+
+def _class(group: dict[str, Any]) -> str:
+    """Return the class of the group's last failure; empty without one, or where an older version noted it."""
+    return (group["failure"] or {}).get("class") or ""
 
 
 def _group_row(group: dict[str, Any], at: float) -> tuple[object, ...]:

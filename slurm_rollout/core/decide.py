@@ -202,7 +202,8 @@ def _obey(ctx: Context, g: GroupState, request: Request) -> tuple[GroupState, st
             return to(ctx, g, Phase.DRAINING, Reason.OPERATOR, by, charge=None), "drains"
         return stop(ctx, g, Reason.OPERATOR, by, drain=True), "drains"
     if g.phase in (Phase.FAILED, Phase.STOPPED):
-        g = replace(g, runtime_failures=(), start_failures=(), charge=None, not_before=ctx.obs.now, marks=Marks())
+        fresh = replace(g, runtime_failures=(), start_failures=(), disk_failures=())
+        g = replace(fresh, charge=None, not_before=ctx.obs.now, marks=Marks())
         return to(ctx, g, Phase.FENCING, Reason.OPERATOR, by), "starts again, with a fresh budget"
     if g.phase is Phase.BACKOFF:
         return replace(g, not_before=ctx.obs.now), "starts without waiting"

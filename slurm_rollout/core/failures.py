@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slurm_rollout.core import srun_words
+from slurm_rollout.core.failure_classes import RULES, Budget, FailureClass, classify, names_lost_node
 from slurm_rollout.core.model import (
     Endpoint,
+    ExitRecord,
     Failure,
     GroupObservation,
     GroupState,
@@ -36,7 +38,9 @@ _CAUSES = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     failure: Failure
-    charged: bool  # against the budget; not where we, or a Slurm that does not answer, are the cause
+    charged: (
+        bool  # against a budget; not where its class has none, or where we, or a Slurm that is blind, are the cause
+    )
 
 
 def find_failure(
@@ -51,12 +55,21 @@ def find_failure(
     """Return the failure of the current incarnation, the most telling one first; None when there is none."""
     pool = plan.pool(group.pool)
 
-    def found(reason: Reason, message: str, *, rank: int | None = None, node: str = "", charged: bool = True) -> Found:
+    def found(
+        reason: Reason,
+        message: str,
+        *,
+        rank: int | None = None,
+        node: str = "",
+        charged: bool = True,
+        step: StepObservation | None = None,
+    ) -> Found:
         failed_nodes = {s.node for s in seen.steps if s.exit is not None or s.process is not Process.RUNNING}
         silent = {e.rank for e in seen.endpoints if e.failures}
         peers = tuple(m.rank for m in group.members if m.rank not in {rank, *silent} and m.node not in failed_nodes)
         if rank is None:  # nobody knows who was well
             peers = ()
+        kind = _class(g, seen, reason, step)
         return Found(
             failure=Failure(
                 reason=reason,
@@ -67,20 +80,22 @@ def find_failure(
                 rank=rank,
                 node=node,
                 startup=g.phase is Phase.STARTING,
+                kind=kind,
                 restarted_peers=peers,
             ),
-            charged=charged,
+            charged=charged and RULES[kind].budget is not Budget.NONE,
         )
 
-    # Engines that died by themselves before those whose agent was only told to stop.
-    for step in sorted(seen.steps, key=lambda s: (s.exit is None, s.exit is not None and s.exit.cause == "stopped")):
+    # A lost node comes before its peers, which died of it; engines that died by themselves before those whose agent was
+    # only told to stop.
+    for step in sorted(seen.steps, key=_tells_less):
         if step.exit is not None:
             reason = _CAUSES.get(step.exit.cause, Reason.STEP_ENDED)
-            return found(reason, step.exit.message, rank=step.exit.rank, node=step.node)
+            return found(reason, _with_evidence(step.exit), rank=step.exit.rank, node=step.node, step=step)
         if step.process is not Process.RUNNING and step.exited_at is not None:
             reason, message, charged = _silent_end(g, step)
             rank = group.on(step.node)[0].rank
-            return found(reason, message, rank=rank, node=step.node, charged=charged)
+            return found(reason, message, rank=rank, node=step.node, charged=charged, step=step)
 
     for step in seen.steps:
         if step.stranger:
@@ -95,7 +110,7 @@ def find_failure(
 
     if g.phase is Phase.STARTING:
         late = _late(plan, group, g, seen, obs)
-        return None if late is None else found(*late)
+        return None if late is None else found(late[0], late[1], step=late[2])
     if g.phase in ALIVE:
         for endpoint in seen.endpoints:
             if endpoint.failures < pool.probe.liveness_failure_threshold:
@@ -113,6 +128,30 @@ def find_failure(
     return None
 
 
+def _tells_less(step: StepObservation) -> tuple[bool, bool, bool]:
+    lost = step.exit is None and step.process is Process.EXITED and names_lost_node(step.stderr)
+    return not lost, step.exit is None, step.exit is not None and step.exit.cause == "stopped"
+
+
+def _class(g: GroupState, seen: GroupObservation, reason: Reason, step: StepObservation | None) -> FailureClass:
+    record = None if step is None else step.exit
+    before = g.failure
+    return classify(
+        reason,
+        startup=g.phase is Phase.STARTING,
+        launched=step is None or step.spoke or record is not None,
+        accepted=any(s.spoke for s in seen.steps)
+        or (before is not None and before.kind not in (None, FailureClass.SLURM_REFUSED)),
+        words="" if step is None else step.stderr if record is None else record.message,
+        disk="" if record is None else record.disk,
+        hardware="" if record is None else record.hardware,
+    )
+
+
+def _with_evidence(record: ExitRecord) -> str:
+    return "; ".join(part for part in (record.message, record.hardware, record.disk) if part)
+
+
 def _silent_end(g: GroupState, step: StepObservation) -> tuple[Reason, str, bool]:
     """A step whose holder is gone and whose agent left no word."""
     if step.process is Process.UNKNOWN:
@@ -128,19 +167,22 @@ def _silent_end(g: GroupState, step: StepObservation) -> tuple[Reason, str, bool
 
 def _late(
     plan: FleetPlan, group: GroupPlan, g: GroupState, seen: GroupObservation, obs: Observation
-) -> tuple[Reason, str] | None:
+) -> tuple[Reason, str, StepObservation | None] | None:
+    """What takes too long, and the step that keeps it waiting where it is one that has not even begun."""
     pool = plan.pool(group.pool)
     if g.go_sent_at is None:
         waited = obs.now - g.since
-        silent = [s.node for s in seen.steps if not s.spoke]
+        silent = [s for s in seen.steps if not s.spoke]
         limit = plan.slurm.launch_timeout_s
         if silent and waited >= limit:
-            words = next((f"; srun says: {s.stderr}" for s in seen.steps if s.stderr and not s.spoke), "")
-            return Reason.LAUNCH_FAILED, f"no word from the agent on {', '.join(silent)} for {limit:g} s{words}"
+            first = next((s for s in silent if s.stderr), silent[0])
+            words = f"; srun says: {first.stderr}" if first.stderr else ""
+            nodes = ", ".join(s.node for s in silent)
+            return Reason.LAUNCH_FAILED, f"no word from the agent on {nodes} for {limit:g} s{words}", first
         unfenced = [f"{s.node}: {s.waiting_for or 'no report'}" for s in seen.steps if not s.fenced]
         limit += pool.fence.timeout_s
         if unfenced and waited >= limit:
-            return Reason.LAUNCH_FAILED, f"not fenced after {limit:g} s: {'; '.join(unfenced)}"
+            return Reason.LAUNCH_FAILED, f"not fenced after {limit:g} s: {'; '.join(unfenced)}", None
         return None
     if g.marks.go_at is not None and obs.now - g.marks.go_at >= pool.probe.startup_timeout_s:
         listening = {r for s in seen.steps for r in s.listening}
@@ -156,6 +198,7 @@ def _late(
         return (
             Reason.START_TIMEOUT,
             f"not ready after {pool.probe.startup_timeout_s:g} s: {'; '.join(missing)}",
+            None,
         )
     return None
 

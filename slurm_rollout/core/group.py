@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slurm_rollout.core import restart
+from slurm_rollout.core.failure_classes import RULES, FailureClass
 from slurm_rollout.core.failures import find_failure
 from slurm_rollout.core.model import (
     Action,
@@ -155,10 +156,13 @@ def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bo
     spent = charged and (
         len(start) >= policy.max_start_failures if failure.startup else len(runtime) >= policy.max_restarts
     )
+    disk = restart.recent(g.disk_failures, policy, now)
+    full = failure.kind is FailureClass.DISK_FULL
     # What Slurm refused a moment ago it will refuse now: only engines' failures are followed by a start at once.
-    first = 2 if failure.reason is Reason.LAUNCH_FAILED else 1
-    counted = len(runtime) + len(start) if charged else 0
-    delay = restart.backoff_s(policy, counted + first) if charged or first > 1 else 0.0
+    paced = failure.reason is Reason.LAUNCH_FAILED or (failure.kind is not None and RULES[failure.kind].paced)
+    first = 2 if paced else 1
+    counted = len(runtime) + len(start) if charged else len(disk) if full else 0
+    delay = restart.backoff_s(policy, counted + first) if charged or paced else 0.0
     out.events.append(
         event(
             g,
@@ -167,6 +171,7 @@ def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bo
             reason=failure.reason,
             rank=failure.rank,
             node=failure.node,
+            **{"class": None if failure.kind is None else failure.kind.value},
             restarted_peers=list(failure.restarted_peers),
             detect_s=_detect_s(ctx, failure),
         )
@@ -181,6 +186,7 @@ def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bo
         not_before=now + delay,
         runtime_failures=runtime,
         start_failures=start,
+        disk_failures=(*disk, now) if full else disk,
         marks=Marks(seen_at=now),
         slow=False,
     )
@@ -292,6 +298,7 @@ def _fencing(ctx: Context, g: GroupState, out: Out) -> GroupState:
             at=now,
             wall=ctx.obs.wall,
             startup=True,
+            kind=FailureClass.STARTUP,
         )
         return fail(ctx, _charge(g), failure, out, charged=True)
     out.wake(deadline)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from slurm_rollout.core.failure_classes import of_wish
 from slurm_rollout.core.srun_words import last_words
 
 UNSEEN = "unseen"
@@ -38,6 +39,7 @@ class End:
 
     at: float  # when the failure was seen, or the request heeded
     reason: str
+    kind: str = ""  # a `FailureClass`; empty where none was told
     message: str = ""
     rank: int | None = None
     node: str = ""
@@ -184,6 +186,7 @@ class _History:
                 end = End(
                     at=at,
                     reason=_text(event.get("reason")),
+                    kind=_text(data.get("class")),
                     message=message,
                     rank=_integer(event.get("rank")),
                     node=_text(event.get("node")),
@@ -212,7 +215,7 @@ class _History:
     def _wanted(self, at: float, reason: str) -> End:
         """Return the end of an incarnation that did not fail: somebody wanted it."""
         who, what = self._asked
-        return End(at=at, reason=reason, message=self._ending or what, by=who)
+        return End(at=at, reason=reason, kind=of_wish(reason), message=self._ending or what, by=who)
 
     def _close(self, n: int, at: float) -> None:
         """End what the incarnation before a launch was busy with."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from slurm_rollout.core.failure_classes import FailureClass
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason
 
 # --------------------------------------------------------------------------------------------------------------- state
@@ -27,6 +28,7 @@ class Failure:
     rank: int | None = None
     node: str = ""
     startup: bool = False  # before it was ready: counted apart
+    kind: FailureClass | None = None  # None: noted by an older version
     restarted_peers: tuple[int, ...] = ()  # healthy ranks that end and restart because of it
 
 
@@ -83,6 +85,7 @@ class GroupState:
     charge: Failure | None = None  # a failure not yet charged; it is at the next launch, never at the job's end
     runtime_failures: tuple[float, ...] = ()  # times of charged failures, within the budget's window
     start_failures: tuple[float, ...] = ()
+    disk_failures: tuple[float, ...] = ()  # charged to nobody: they only make the backoff grow
     restarts: int = 0  # launches after the first, for any reason
     marks: Marks = field(default_factory=Marks)
     slow: bool = False  # answers late, progresses: an event, never a restart
@@ -206,6 +209,8 @@ class ExitRecord:
     code: int | None = None
     signal: int | None = None
     oom: bool = False
+    disk: str = ""  # the file system that is full, in words; empty: none, as far as the agent saw
+    hardware: str = ""  # what the driver says of a broken GPU; empty: nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from slurm_rollout.core.failure_classes import RULES
 from slurm_rollout.core.model import Failure, GroupState, RunState
 from slurm_rollout.core.phases import Phase
 from slurm_rollout.core.plan import FleetPlan, PoolPlan
@@ -166,6 +167,8 @@ def _failure(failure: Failure) -> dict[str, object]:
     return {
         "incarnation": failure.incarnation,
         "reason": failure.reason.value,
+        "class": None if failure.kind is None else failure.kind.value,
+        "means": None if failure.kind is None else RULES[failure.kind].short,
         "message": _public(failure.message),
         "rank": failure.rank,
         "node": failure.node,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from slurm_rollout.core.bounds import recovery_bound
+from slurm_rollout.core.failure_classes import FailureClass
 from slurm_rollout.core.group import BLIND_ECHO_S
 from slurm_rollout.core.model import (
     Action,
@@ -205,7 +206,10 @@ class Checker:
                 booked = now in new.runtime_failures or now in new.start_failures
                 charged = new.charge is not None or new.goes_to is Phase.FAILED or booked
                 kind = "start" if new.failure.startup else "runtime"
-                if not charged and new.failure.reason not in UNCHARGED:
+                full = new.failure.kind is FailureClass.DISK_FULL
+                if full and charged:
+                    raise Broken(8, f"{new.id} is charged for a full disk")
+                if not (charged or full) and new.failure.reason not in UNCHARGED:
                     raise Broken(8, f"{new.id}: {event.reason} is not charged")
                 ledger.pending = (kind, now) if charged else None
                 if new.goes_to is Phase.FAILED:

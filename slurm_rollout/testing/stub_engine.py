@@ -36,6 +36,8 @@ prefill_s             from now on nothing is generated for so many seconds; prom
 deaf_to               text: requests whose User-Agent has it are never answered, as if the network between were cut.
                       "slurm-rollout" is the coordinator; agents' own probes have none
 exit                  end at once with this code
+write                 a path: write there without end, and end of the first error, which the log's last line tells
+                      as Python's last line would ("/dev/full" has no room for anybody)
 ignore_term           true: SIGTERM and SIGINT do nothing
 crash_at_start        true: exit 1 before the rendezvous
 never_listens         true, at start: the HTTP port is never opened, by this rank
@@ -71,7 +73,7 @@ if TYPE_CHECKING:
 
 START_FAULTS = frozenset({"crash_at_start", "load_s", "never_listens", "orphan", "daemon_child"})
 ANSWERS = frozenset({"generation", "health", "update"})
-LIVE_FAULTS = ANSWERS | {"saturated", "slow_s", "prefill_s", "deaf_to", "exit", "ignore_term"}
+LIVE_FAULTS = ANSWERS | {"saturated", "slow_s", "prefill_s", "deaf_to", "exit", "write", "ignore_term"}
 FAULT_NAMES = START_FAULTS | LIVE_FAULTS | {"incarnations"}
 COUNTERS = ("tokens_total", "generated_tokens_total", "iterations_total", "asleep_requests_total")
 GAUGES = ("requests_running", "requests_waiting")
@@ -260,11 +262,23 @@ class Faults:
             if "exit" in new:
                 self._member.log(f"exit with {new['exit']}, as the control file asks")
                 os._exit(int(new["exit"]))
+            if "write" in new:
+                self._write_to(str(new["write"]))
 
     def _read(self) -> dict[str, Any]:
         with open(self._member.control, "rb") as file:
             control = json.loads(file.read())
         return faults_of(control, self._member.group, self._member.rank, self._member.incarnation)
+
+    def _write_to(self, path: str) -> NoReturn:
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+            for _ in range(1024):
+                os.write(fd, bytes(1 << 16))
+        except OSError as error:
+            self._member.log(f"OSError: {error}")
+            os._exit(1)
+        self._member.fail(f"there was room for 64 MiB in {path}")
 
     def watch(self) -> None:
         while True:

@@ -115,10 +115,13 @@ class Lab:
     def spec(self, **spec: Any) -> str:
         return stub_spec(base=self.base, control=self.fleet.control, **spec)
 
-    def cli(self, *argv: str) -> str:
-        """Run a command of slurm-rollout on the run, as its owner would; return what it printed."""
+    def cli(self, *argv: str, check: bool = True) -> str:
+        """Run a command of slurm-rollout on the run, as its owner would; return what it printed.
+
+        `check=False`: also where it says by its exit code that not all is well.
+        """
         full = [sys.executable, "-m", "slurm_rollout", *argv, f"--run-dir={self.fleet.run.path}"]
-        return subprocess.run(full, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(full, capture_output=True, text=True, check=check, timeout=60).stdout
 
     def trainer(self, does: str, client: str = "trainer") -> Any:
         """Let a trainer do something: a Python expression with its `barrier`, and `ask` and `asleep_requests`.
@@ -207,6 +210,17 @@ class Lab:
         _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0 if full else hard, hard))
 
+    def full_for_engines(self, rank: int) -> tuple[str, str]:
+        """Return a file for which there is no room on the member's node, and what its agent can say of the place."""
+        return "/dev/full", "a file system that "
+
+    def room_again(self, rank: int) -> None:
+        """Undo `full_for_engines`."""
+
+    def refuse_steps(self) -> str:
+        """Make Slurm refuse every step for what is asked; return its words. A spec may ask, as `[slurm]` says."""
+        raise NotImplementedError
+
     def read_only(self, only: bool) -> None:
         """From now on nothing can be made in the run directory, or it can again."""
         for folder in (self.fleet.run.path, *self.fleet.run.path.glob(".t*")):
@@ -259,8 +273,13 @@ class FakeLab(Lab):
     def spec(self, *, nodes: str = "", **spec: Any) -> str:
         return super().spec(nodes=f'address = "127.0.0.1"\n{nodes}', **spec)
 
-    def cli(self, *argv: str) -> str:
-        return self.cluster.run(["slurm-rollout", *argv, "--run-dir=run"]).stdout
+    def refuse_steps(self) -> str:
+        assert isinstance(self.cluster, FakeSlurm)
+        self.cluster.refuse_steps("gres")
+        return "Invalid generic resource (gres) specification"
+
+    def cli(self, *argv: str, check: bool = True) -> str:
+        return self.cluster.run(["slurm-rollout", *argv, "--run-dir=run"], check=check).stdout
 
     def node(self, index: int) -> str:
         return self.cluster.nodes[index]
@@ -302,6 +321,9 @@ class SlurmLab(FakeLab):
         self.strangers = []
         self._watch = None
 
+    def refuse_steps(self) -> str:
+        return "Unable to create step for job"  # 22.05.8 goes on, of a feature that no node has: "Memory required …"
+
     def _start(self, spec: str) -> None:
         self.fleet.start(spec)
 
@@ -338,6 +360,15 @@ class SlurmLab(FakeLab):
         self.cluster.in_node(
             self.cluster.nodes[0], ["prlimit", f"--pid={pid}", f"--fsize={0 if full else 'unlimited'}:"]
         )
+
+    def full_for_engines(self, rank: int) -> tuple[str, str]:
+        node = self.cluster.nodes[rank]
+        small = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=1777", "tmpfs", "/dev/shm"]
+        self.cluster.in_node(node, small, user=False)
+        return "/dev/shm/weights", f"/dev/shm on {node} is full"
+
+    def room_again(self, rank: int) -> None:
+        self.cluster.in_node(self.cluster.nodes[rank], ["umount", "-l", "/dev/shm"], user=False)
 
     def accepts(self, rank: int, port: int) -> bool:
         code = f"import socket; s=socket.socket(); s.settimeout(1); print(s.connect_ex(('127.0.0.1', {port})))"
