@@ -244,6 +244,69 @@ def test_a_node_whose_checks_fail_again_and_again_is_excluded_and_its_group_move
     assert group(w, "actor/0").master_port == w.plan.group("actor/0").master_port, "everything there was proved ended"
 
 
+def break_gpu(w: World, name: str, node: str) -> None:
+    record = ExitRecord(
+        cause="engine_exited", message="signal 6", rank=1, signal=6, hardware="Xid 79: fell off the bus"
+    )
+    w.change(name, node, exit=record, process=Process.EXITED, exited_at=w.now, exit_code=80)
+    w.tick()
+
+
+def test_a_gpu_that_breaks_has_its_node_excluded_at_once_and_is_charged_to_nobody() -> None:
+    w = new(restart=RestartPolicy(max_restarts=0))
+    break_gpu(w, "actor/0", "n1")
+    assert w.state.node("n1").excluded is Exclusion.FAILING
+    assert "fallen off the bus" in w.state.node("n1").message
+    w.heal(lambda: w.state.group("actor/0").phase is P.READY)
+    assert group(w, "actor/0").nodes == ("n0", "n4")
+    assert w.state.group("actor/0").runtime_failures == ()
+    assert w.state.group("actor/0").node_failures == 1
+
+
+def test_a_gpu_that_breaks_where_there_is_no_other_node_is_tried_again_within_the_budget() -> None:
+    w = new(spares=0, restart=RestartPolicy(max_restarts=1))
+    for incarnation in (2, 3):
+        break_gpu(w, "actor/0", "n1")
+        if incarnation == 2:
+            w.heal(lambda: w.state.group("actor/0").phase is P.READY)
+    w.heal(lambda: w.state.group("actor/0").phase is P.FAILED)
+    assert not w.state.node("n1").excluded
+
+
+@pytest.mark.parametrize(
+    ("words", "excluded"),
+    [
+        ("Unable to create step for job 1: Step limit reached for this job", False),
+        ("Unable to create step for job 1: Memory required by task is not available", False),
+        ("Task launch failed on node n1: Communication connection failure", True),
+    ],
+)
+def test_only_words_about_the_node_count_against_it(words: str, excluded: bool) -> None:
+    w = new()
+    w.kill("actor/0", 1)
+    w.tick()
+    for _ in range(w.plan.max_node_failures):
+        w.heal(lambda: w.state.group("actor/0").phase is P.STARTING)
+        w.tick()
+        w.vanish("actor/0", "n1", stderr=words, spoke=False)
+        w.tick()
+    assert bool(w.state.node("n1").excluded) is excluded
+
+
+def test_a_full_disk_burns_no_spare() -> None:
+    w = new()
+    w.kill("actor/0", 1)
+    w.tick()
+    for _ in range(2 * w.plan.max_node_failures):
+        w.heal(lambda: w.state.group("actor/0").phase is P.STARTING)
+        w.tick()
+        record = ExitRecord(cause="exec_failed", message="No space left on device", disk="/tmp on n1 is full")
+        w.change("actor/0", "n1", spoke=True, exit=record, process=Process.EXITED, exited_at=w.now, exit_code=85)
+        w.tick()
+    assert not w.state.nodes
+    assert w.state.group("actor/0").start_failures == ()
+
+
 def test_what_fails_with_no_group_alive_elsewhere_burns_no_spare() -> None:
     w = new(1)
     w.kill("actor/0", 1)

@@ -47,7 +47,7 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
 
     actions: list[Action] = [] if wants.cancel is None else [wants.cancel]
     ports, want_listing, want_job, want_nodes = [], wants.listing, False, wants.nodes
-    lost_steps, failed_on, fine_on = list(run.lost_steps), [], []
+    lost_steps, failed_on, broken, fine_on = list(run.lost_steps), [], [], []
     wake_at = wants.wake_at
     groups = []
     for before in run.groups:
@@ -65,6 +65,7 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
         want_nodes |= out.want_nodes
         lost_steps += out.lost_steps
         failed_on += out.failed_on
+        broken += out.broken
         fine_on += out.fine_on
         if out.want_ports and g.phase is Phase.FENCING:
             ports.append(g.id)
@@ -74,6 +75,7 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
     after = replace(run, groups=tuple(groups), lost_steps=tuple(lost_steps))
     after = _suspect_self(after, contexts, obs, events)
     after = nodes.count_failures(plan, after, obs, failed_on, fine_on, events)
+    after = nodes.exclude_broken(plan, after, obs, broken, events)
     settled = moves.settle(first_plan, after, obs, events)
     if settled is not after:  # who moved, or waits no longer, goes on at once
         after, wake_at = settled, obs.now

@@ -100,6 +100,7 @@ class Out:
     want_nodes: bool = False
     lost_steps: list[LostStep] = field(default_factory=list)  # left behind on lost nodes
     failed_on: list[str] = field(default_factory=list)  # nodes that a launch or check failed on
+    broken: list[str] = field(default_factory=list)  # nodes whose GPUs broke under an engine
     fine_on: list[str] = field(default_factory=list)  # nodes on which a group became ready
     wake_at: float | None = None
 
@@ -176,8 +177,11 @@ def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bo
             detect_s=_detect_s(ctx, failure),
         )
     )
-    if charged and failure.reason in _OF_THE_NODE and failure.node:
-        out.failed_on.append(failure.node)
+    if charged and failure.node and failure.kind in (FailureClass.STARTUP, FailureClass.NODE):
+        if failure.reason in _OF_THE_NODE:
+            out.failed_on.append(failure.node)
+        elif failure.kind is FailureClass.NODE and failure.reason is Reason.ENGINE_EXITED:
+            out.broken.append(failure.node)
     g = replace(
         g,
         failure=failure,
@@ -616,7 +620,12 @@ def _left_behind(ctx: Context, g: GroupState, out: Out, living: list[StepObserva
 def _blame_nodes(g: GroupState, nodes: list[str]) -> GroupState:
     """The engine did not fail, its node did: no budget counts that."""
     message = f"{', '.join(nodes)} is lost"
-    failure = g.failure and replace(g.failure, reason=Reason.NODE_LOST, message=f"{message}; seen: {g.failure.message}")
+    failure = g.failure and replace(
+        g.failure,
+        reason=Reason.NODE_LOST,
+        kind=FailureClass.NODE,
+        message=f"{message}; seen: {g.failure.message}",
+    )
     return replace(
         g,
         failure=failure,

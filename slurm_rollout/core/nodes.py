@@ -119,6 +119,28 @@ def count_failures(
     return run
 
 
+def exclude_broken(
+    plan: FleetPlan, run: RunState, obs: Observation, broken: Iterable[str], events: list[Event]
+) -> RunState:
+    """Exclude nodes whose GPUs broke, and charge that to nobody, where their groups have another place to go."""
+    for name in dict.fromkeys(broken):
+        here = {g.id: g for g in plan.groups if name in g.nodes}
+        if run.node(name).excluded or not all(
+            moves.has_room(plan, run, obs, g, {name} | moves.excluded(run)) for g in here.values()
+        ):
+            continue
+        why = next((g.failure.message for g in run.groups if g.failure and g.failure.node == name), "")
+        run = remember(run, exclude(obs, run.node(name), Exclusion.FAILING, why, events))
+        groups = tuple(
+            replace(g, charge=None, goes_to=Phase.FENCING, not_before=0.0, node_failures=g.node_failures + 1)
+            if g.charge is not None and g.charge.node == name
+            else g
+            for g in run.groups
+        )
+        run = replace(run, groups=groups)
+    return run
+
+
 def _drained(obs: Observation, node: NodeState, events: list[Event]) -> NodeState:
     seen = obs.node(node.name)
     if seen.word is NodeWord.DRAINING:
