@@ -194,7 +194,9 @@ def slurm_step() -> dict[str, str]:
 class Inbox:
     """The signals that came and the children that ended.
 
-    Signals are blocked and taken by sigtimedwait, so that none is lost or comes at a bad moment, whenever it is sent.
+    Signals are blocked and taken by sigwaitinfo, so that none is lost or comes at a bad moment, whenever it is sent.
+    Time-outs are a timer's signal: where the process was stopped and continued (`scontrol suspend`) and the time has
+    passed meanwhile, Python's sigtimedwait returns a signal that never came (seen with 3.11).
     """
 
     def __init__(self) -> None:
@@ -204,19 +206,23 @@ class Inbox:
         self.childless = False
         self._heed_stop = True
         # Ignored signals are inherited over exec, and children of a process that ignores SIGCHLD reap themselves.
-        for number in (*STOP_SIGNALS, GO_SIGNAL, signal.SIGCHLD):
+        self._wanted = {*STOP_SIGNALS, GO_SIGNAL, signal.SIGCHLD, signal.SIGALRM}
+        for number in self._wanted:
             signal.signal(number, signal.SIG_DFL)
-        self._wanted = {*STOP_SIGNALS, GO_SIGNAL, signal.SIGCHLD}
         self.original_mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._wanted)
 
     def wait(self, timeout_s: float | None) -> None:
         """Wait for a signal or a child's end, at most `timeout_s`. Raises `End` at the first stop."""
-        if timeout_s is None:
+        if timeout_s is None or timeout_s > 0:
+            if timeout_s is not None:
+                signal.setitimer(signal.ITIMER_REAL, max(timeout_s, 0.0001))  # 0 would be no timer
             self._take(signal.sigwaitinfo(self._wanted).si_signo)
-        else:
-            self._take_one(max(0.0, timeout_s))
-        while self._take_one(0):
-            pass
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        while True:
+            info = signal.sigtimedwait(self._wanted, 0)
+            if info is None:
+                break
+            self._take(info.si_signo)
         self._reap()
         if self.stop and self._heed_stop:
             self._heed_stop = False
@@ -226,16 +232,10 @@ class Inbox:
         """From now on the agent is ending anyway."""
         self._heed_stop = False
 
-    def _take_one(self, timeout_s: float) -> bool:
-        info = signal.sigtimedwait(self._wanted, timeout_s)
-        if info is not None:
-            self._take(info.si_signo)
-        return info is not None
-
     def _take(self, number: int) -> None:
         if number == GO_SIGNAL:
             self.go = True
-        elif number != signal.SIGCHLD:
+        elif number in STOP_SIGNALS:
             self.stop = self.stop or signal.Signals(number).name
 
     def _reap(self) -> None:

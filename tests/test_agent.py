@@ -556,6 +556,26 @@ LEAVES = (
 STAYS = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
 
 
+def test_being_stopped_and_continued_ends_nothing(node: Node) -> None:
+    agent = node.agent(member())
+    (engine,) = agent.go()
+
+    def looks() -> int:
+        text = Path(f"/proc/{agent.pid}/status").read_text()
+        return int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+    for _ in range(3):
+        agent.send(signal.SIGSTOP)
+        stopped = time.monotonic()
+        until(lambda at=stopped: time.monotonic() - at > 1.2, "longer than it ever waits")  # type: ignore[misc]
+        before = looks()
+        agent.send(signal.SIGCONT)
+        until(lambda n=before: not alive(agent.pid) or looks() > n + 5, "some looks")  # type: ignore[misc]
+        assert alive(agent.pid), agent.told()
+    assert alive(engine)
+    agent.stop()
+
+
 def test_grace_lets_an_engine_leave_by_itself(node: Node, tmp_path: Path) -> None:
     log = tmp_path / "0.log"
     agent = node.agent(member(argv=python(LEAVES), log=str(log)), stop={"grace_s": 600})
