@@ -9,7 +9,7 @@ to that engine's log. docs/agent-protocol.md describes all of it.
 Signals: USR2 go, later: write down what the engines' processes are doing; USR1, TERM, INT, HUP, QUIT stop.
 Exit status: 0 stopped or swept as asked, 80 an engine ended by itself, 81 a port is busy, 82 a leftover process could
 not be ended, 83 GPU memory is not back, 84 an equal or newer incarnation is here, 85 an engine could not be started,
-86 bad orders or an unusable node.
+86 bad orders or an unusable node, 87 the coordinator was silent for too long and the engines were ended for it.
 
 One file, standard library only, Python 3.9 or newer.
 """
@@ -47,6 +47,7 @@ STATUS = {
     "other_incarnation": 84,
     "exec_failed": 85,
     "bad_config": 86,
+    "self_fenced": 87,
 }
 FENCE_CAUSES = ("leftover_process", "port_busy", "gpu_memory")  # where several last to the deadline: the first decides
 STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
@@ -60,6 +61,9 @@ SMI_PERIOD_S = 0.5
 SMI_SILENT_S = 5.0  # from then on nvidia-smi counts as hanging
 COUNTER_TIMEOUT_S = 10.0
 PAUSE_LOOK_S = 1.0  # how often the barrier is asked whether the engines sleep
+HEARTBEAT_LOOK_S = 1.0  # and how often whether the coordinator lives
+HANGS_S = 1.0  # a read of the barrier that takes longer
+AWAKE_SHARE = 0.25  # of the silence that ends the engines: so long the agent itself must have run before it ends them
 MAX_BODY_BYTES = 8 << 20
 LAST_LINES = 20
 LAST_LINES_BYTES = 4096
@@ -158,6 +162,8 @@ class Step:
         self.fence_timeout_s: float = orders["fence"]["timeout_s"]
         self.gpu_memory_mb: int = orders["fence"]["gpu_memory_mb"]
         self.unshared_gpus: bool = orders["fence"]["unshared_gpus"]
+        self.self_fence_s: float = orders["fence"]["self_fence_s"]
+        self.barrier: str = orders["fence"]["barrier"]
         self.grace_s: float = orders["stop"]["grace_s"]
         self.snapshot_s: float = orders["stop"]["snapshot_s"]
         self.probe: dict[str, Any] | None = orders["probe"]
@@ -982,11 +988,14 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
     look_at, list_at, rotating = began + 0.05, began + 0.25, False
     logs = [member.log for member in step.members if member.log]
     snapshot: Snapshot | None = None
+    silence = Silence(step.barrier, step.self_fence_s) if step.self_fence_s > 0 else None
     while True:
         ended = next((pid for pid in inbox.exits if pid in engines), None)
         if ended is not None:
             await_same_signal(inbox, inbox.exits[ended])
             raise engine_exited(engines[ended].member, inbox.exits[ended], ooms)
+        if silence is not None:
+            silence.judge()
         if snapshot is not None and snapshot.over(inbox):
             snapshot = None
         inbox.exits.clear()
@@ -1145,6 +1154,92 @@ def last_lines(log: str) -> list[str]:
     return text.decode(errors="replace").splitlines()[-LAST_LINES:]
 
 
+# ------------------------------------------------------------------------------------------------------------- barrier
+
+
+def read_barrier(path: str) -> Any:
+    """Return the barrier file's value. Raises OSError or ValueError: shared file systems show it missing or half.
+
+    May hang for ever where its server cannot be reached: never called by the main thread.
+    """
+    with open(path, "rb", buffering=0) as file:
+        return json.loads(file.read())
+
+
+class Silence:
+    """For how long the coordinator has been silent: the barrier's heartbeat, as this node sees it.
+
+    A file that cannot be read is as silent as one that nobody writes, and where the node is cut off from a hard-mounted
+    NFS the read itself never returns. Hence a thread reads, and the main thread, which ends the engines, never waits
+    for it.
+    """
+
+    def __init__(self, path: str, limit_s: float) -> None:
+        self._path = path
+        self._limit_s = limit_s
+        self._judged_at = self._awake_since = since_boot()
+        self._newest: tuple[int, int] | None = None
+        self._moved_at: float | None = None
+        self._looks_since: float | None = None
+        self._trouble = ""
+        in_background(self._run)
+
+    def judge(self) -> None:
+        """Raise `End` where the silence has lasted too long. To be called every second or so."""
+        now, moved_at = since_boot(), self._moved_at
+        # Where this process did not run (SIGSTOP, `scontrol suspend`, a machine asleep), its reader did not either, and
+        # the coordinator may have been stopped with it: both get a moment, although the time counts.
+        if now - self._judged_at > AWAKE_SHARE * self._limit_s:
+            self._awake_since = now
+        self._judged_at = now
+        if moved_at is None or now - moved_at < self._limit_s or now - self._awake_since < AWAKE_SHARE * self._limit_s:
+            return
+        term, seq = self._newest or (0, 0)
+        looks_since = self._looks_since
+        hangs = looks_since is not None and now - looks_since > HANGS_S
+        trouble = "reading it hangs" if hangs else self._trouble
+        raise End(
+            "self_fenced",
+            f"no heartbeat of the coordinator for {now - moved_at:.0f} s (fence.self_fence_s = {self._limit_s:g}):"
+            f" it is gone, or this node is cut off; {self._path}: the last was term {term}, seq {seq}; {trouble}",
+        )
+
+    def _run(self) -> None:
+        """Look for ever: the body of the reader's thread."""
+        began, unarmed = since_boot(), True
+        while True:
+            self._looks_since = since_boot()
+            try:
+                value = read_barrier(self._path)
+                self._note(int(value["term"]), int(value["seq"]))
+                self._trouble = "nobody writes it"
+            except OSError as error:
+                self._trouble = f"it cannot be read: {error.strerror}"
+            except (ValueError, KeyError, TypeError):
+                self._trouble = "it is no whole barrier file"
+            self._looks_since = None
+            if unarmed and self._moved_at is None and since_boot() - began >= self._limit_s:
+                unarmed = False
+                print(
+                    f"{self._path} has not moved since go ({self._trouble}): without that, no self-fence",
+                    file=sys.stderr,
+                )
+            time.sleep(HEARTBEAT_LOOK_S)
+
+    def _note(self, term: int, seq: int) -> None:
+        newest = self._newest
+        if newest is None or (term, seq) > newest:  # what is older comes from a cache
+            self._newest = term, seq
+            # The first look proves no heartbeat: a dead coordinator's last word can be read, too.
+            if newest is not None:
+                self._moved_at = since_boot()
+
+
+def since_boot() -> float:
+    """Return seconds on a clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 # --------------------------------------------------------------------------------------------------------- local probe
 
 
@@ -1159,8 +1254,7 @@ class Pause:
     def number(self) -> int:
         """Return which pause it is, from 1; 0: there is none."""
         try:
-            with open(self._path, "rb") as file:
-                pools = json.loads(file.read())["pools"]
+            pools = read_barrier(self._path)["pools"]
             mine = next(p for p in pools if p["name"] == self._pool)
             self._last = int(mine["pauses"]) if mine["probes"] == "paused" else 0
         # Missing or half visible, as shared file systems show it.

@@ -27,10 +27,14 @@ _CAUSES = {
     "leftover_process": Reason.LEFTOVER_PROCESS,
     "gpu_memory": Reason.GPU_MEMORY,
     "other_incarnation": Reason.OTHER_INCARNATION,
+    "self_fenced": Reason.SELF_FENCED,
     "exec_failed": Reason.LAUNCH_FAILED,
     "bad_config": Reason.LAUNCH_FAILED,
     "stopped": Reason.STEP_ENDED,
 }
+
+# Engines die when their peers on a node that fenced itself are gone; an agent that was told to stop says nothing.
+_TELLING = {"self_fenced": 0, "stopped": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +76,7 @@ def find_failure(
             charged=charged,
         )
 
-    # Engines that died by themselves before those whose agent was only told to stop.
-    for step in sorted(seen.steps, key=lambda s: (s.exit is None, s.exit is not None and s.exit.cause == "stopped")):
+    for step in sorted(seen.steps, key=lambda s: _TELLING.get(s.exit.cause, 1) if s.exit is not None else 3):
         if step.exit is not None:
             reason = _CAUSES.get(step.exit.cause, Reason.STEP_ENDED)
             return found(reason, step.exit.message, rank=step.exit.rank, node=step.node)
