@@ -32,7 +32,7 @@ from slurm_rollout.core.plan import (
     SlurmSettings,
     StopPolicy,
 )
-from slurm_rollout.core.ports import HTTP, MASTER
+from slurm_rollout.core.ports import HTTP, MASTER, OutgoingPorts
 from slurm_rollout.core.request import Allocation, FleetRequest, PoolRequest
 from slurm_rollout.engines import command
 from slurm_rollout.errors import SpecError
@@ -117,11 +117,11 @@ def _pause_in(probe: Probe, restart: Restart, pool: Pool) -> tuple[str, ...]:
 
 
 def build_plan(
-    spec: Spec, allocation: Allocation, *, backend: str, port_range: tuple[int, int]
+    spec: Spec, allocation: Allocation, *, backend: str, port_range: OutgoingPorts
 ) -> tuple[FleetPlan, tuple[str, ...]]:
     """Return the plan of the spec in this allocation, and the warnings about it.
 
-    `backend` is "slurm" or "local"; `port_range` the kernel's range of outgoing ports, both ends included.
+    `backend` is "slurm" or "local"; `port_range` the kernel's outgoing ports.
 
     Raises:
         SpecError: the allocation cannot hold the fleet, or the ports do not fit.
