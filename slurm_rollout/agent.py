@@ -683,7 +683,7 @@ def tcp_lines(path: str) -> Iterator[list[bytes]]:
 
 
 def bindable(family: int, address: str, port: int, reuse: bool) -> bool:
-    """Could a server bind this? Only "already in use" says no: a family that does not exist is in nobody's way."""
+    """Could a server bind this? A family that does not exist is in nobody's way. Raises OSError: nobody knows."""
     try:
         with socket.socket(family, socket.SOCK_STREAM) as s:
             if reuse:
@@ -692,12 +692,24 @@ def bindable(family: int, address: str, port: int, reuse: bool) -> bool:
                 s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             s.bind((address, port))
     except OSError as error:
-        return error.errno != errno.EADDRINUSE
+        if error.errno == errno.EADDRINUSE:
+            return False
+        if family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            return True
+        raise
     return True
 
 
 def busy(port: int) -> str:
-    """Return why an engine could not have this port; empty when it could.
+    """Return why an engine could not have this port, or why that is not known; empty when it could."""
+    try:
+        return held(port)
+    except OSError as error:  # EACCES: a privileged port; EMFILE, ENOBUFS: this node is short of something
+        return f"port {port} cannot be tried, so nobody knows whether it is free: {error.strerror}"
+
+
+def held(port: int) -> str:
+    """Return why an engine could not have this port; empty when it could. Raises OSError where that is not known.
 
     A bind with SO_REUSEADDR passes over the remains of connections (TIME_WAIT), but also over a socket that was bound
     with it and does not listen yet, as vLLM's is while it loads. A bind without it fails for both. What is only bound
@@ -891,9 +903,9 @@ def fence(step: Step, records: Records, inbox: Inbox) -> None:
             quiet_since = now
             names = (f"pid {p.pid} ({p.name}) of incarnation {i}, known by its {e}" for p, (i, e) in left.values())
             waits["leftover_process"] = "; ".join(sorted(names))
-        held = [text for text in map(busy, sorted({p for m in step.members for p in m.ports})) if text]
-        if held:
-            waits["port_busy"] = "; ".join(held)
+        taken = [text for text in map(busy, sorted({p for m in step.members for p in m.ports})) if text]
+        if taken:
+            waits["port_busy"] = "; ".join(taken)
         gpu_wait = gpu.waits_for(old, quiet_since)
         if gpu_wait is not None:
             waits["gpu_memory"] = gpu_wait
