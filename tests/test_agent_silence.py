@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
-from tests.agent_harness import Agent, Node, alive, member, until
+from tests.agent_harness import Agent, Node, alive, cmdline, member, python, until
 
 LIMIT_S = 2.0  # `up` allows 60 at least
+
+# An engine that only SIGKILL ends.
+STAYS = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
 
 # A look each 50 ms instead of each second.
 OFTEN = "g['HEARTBEAT_LOOK_S'] = 0.05"
@@ -81,8 +84,9 @@ def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
 def start(node: Node, coordinator: Coordinator, limit_s: float = LIMIT_S, **orders: Any) -> tuple[Agent, int]:
     """Start an agent with one engine; return it and the engine's pid."""
     fence = {"self_fence_s": limit_s, "barrier": str(coordinator.path)}
-    agent = node.agent(member(), patch=OFTEN, fence=fence, **orders)
+    agent = node.agent(member(argv=python(STAYS)), patch=OFTEN, fence=fence, **orders)
     (engine,) = agent.go()
+    until(lambda: b"IGN" in cmdline(engine), "the engine's program")
     return agent, engine
 
 
