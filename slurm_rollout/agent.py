@@ -54,6 +54,7 @@ STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, si
 GO_SIGNAL = signal.SIGUSR2
 GPU_MASKS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
 
+FORGET_AFTER_S = 30 * 86400.0  # no start is late by so much: the claims of a run without a process mean nothing then
 REPORT_TIMEOUT_S = 1.0  # a reader that is stopped must not stop the agent
 QUIET_FENCE_S = 0.2  # what is over sooner than this is not worth a report
 TOGETHER_S = 0.1  # within this, a signal that Slurm sends to the whole step reaches the agent after its engine
@@ -534,6 +535,45 @@ class Records:
             for name in os.listdir(self._path)
             if name.startswith(prefix) and name[len(prefix) :].isdigit()
         ]
+
+
+def forget_ended(step: Step) -> None:
+    """Remove the claims and lists of other runs of which nothing was written, and nothing lives here, for a month.
+
+    Only files with our names go: the directory is ours alone, yet what else somebody keeps there stays.
+    """
+    names = (read_file(f"/proc/{pid}/environ").partition(b"ROLLOUT_MARK=")[2] for pid in processes(os.getuid()))
+    spared = {name.partition(b"/")[0].decode(errors="replace") for name in names} | {step.run_id, "locks"}
+    for run in os.listdir(step.state_dir):
+        try:
+            if run not in spared:
+                forget(os.path.join(step.state_dir, run))
+        except (OSError, ValueError, KeyError, TypeError):  # another agent was faster, or it is none of ours
+            continue
+
+
+def forget(run: str) -> None:
+    """Remove what is known of one run, unless it is too new or something of it lives. Follows no symbolic link."""
+    if not stat.S_ISDIR(os.lstat(run).st_mode):
+        return
+    folders, files = [run], list[str]()
+    for folder in folders:  # grows
+        for path in (os.path.join(folder, name) for name in os.listdir(folder)):
+            (folders if stat.S_ISDIR(os.lstat(path).st_mode) else files).append(path)
+    if any(time.time() - os.lstat(path).st_mtime < FORGET_AFTER_S for path in (*folders, *files)):
+        return
+    names = {os.path.basename(path).removesuffix(".new").rstrip("0123456789") for path in files}
+    if not names <= {"claim-", "processes-"}:
+        return
+    for path in files:
+        for pid, start in json.loads(read_file(path) or b"{}").get("processes", ()):
+            process = read_process(pid)
+            if process is not None and process.start == start:
+                return
+    for path in files:
+        os.unlink(path)
+    for folder in reversed(folders):
+        os.rmdir(folder)
 
 
 def make_folders(path: str) -> None:
@@ -1662,6 +1702,7 @@ def serve(step: Step, records: Records, inbox: Inbox) -> None:
     inbox.go = False
     inbox.exits.clear()
     engines = start(step, records, inbox, prctl)
+    in_background(forget_ended, step)
     try:
         watch(step, engines, records, inbox)
     except End as end:
