@@ -9,7 +9,7 @@ to that engine's log. docs/agent-protocol.md describes all of it.
 Signals: USR2 go, later: write down what the engines' processes are doing; USR1, TERM, INT, HUP, QUIT stop.
 Exit status: 0 stopped or swept as asked, 80 an engine ended by itself, 81 a port is busy, 82 a leftover process could
 not be ended, 83 GPU memory is not back, 84 an equal or newer incarnation is here, 85 an engine could not be started,
-86 bad orders or an unusable node.
+86 bad orders or an unusable node, 87 the coordinator was silent for too long and the engines were ended for it.
 
 One file, standard library only, Python 3.9 or newer.
 """
@@ -48,12 +48,14 @@ STATUS = {
     "other_incarnation": 84,
     "exec_failed": 85,
     "bad_config": 86,
+    "self_fenced": 87,
 }
 FENCE_CAUSES = ("leftover_process", "port_busy", "gpu_memory")  # where several last to the deadline: the first decides
 STOP_SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 GO_SIGNAL = signal.SIGUSR2
 GPU_MASKS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
 
+FORGET_AFTER_S = 30 * 86400.0  # no start is late by so much: the claims of a run without a process mean nothing then
 REPORT_TIMEOUT_S = 1.0  # a reader that is stopped must not stop the agent
 QUIET_FENCE_S = 0.2  # what is over sooner than this is not worth a report
 TOGETHER_S = 0.1  # within this, a signal that Slurm sends to the whole step reaches the agent after its engine
@@ -61,6 +63,9 @@ SMI_PERIOD_S = 0.5
 SMI_SILENT_S = 5.0  # from then on nvidia-smi counts as hanging
 COUNTER_TIMEOUT_S = 10.0
 PAUSE_LOOK_S = 1.0  # how often the barrier is asked whether the engines sleep
+HEARTBEAT_LOOK_S = 1.0  # and how often whether the coordinator lives
+HANGS_S = 1.0  # a read of the barrier that takes longer
+AWAKE_SHARE = 0.25  # of the silence that ends the engines: so long the agent itself must have run before it ends them
 MAX_BODY_BYTES = 8 << 20
 LAST_LINES = 20
 LAST_LINES_BYTES = 4096
@@ -181,6 +186,8 @@ class Step:
         self.fence_timeout_s: float = orders["fence"]["timeout_s"]
         self.gpu_memory_mb: int = orders["fence"]["gpu_memory_mb"]
         self.unshared_gpus: bool = orders["fence"]["unshared_gpus"]
+        self.self_fence_s: float = orders["fence"]["self_fence_s"]
+        self.barrier: str = orders["fence"]["barrier"]
         self.grace_s: float = orders["stop"]["grace_s"]
         self.snapshot_s: float = orders["stop"]["snapshot_s"]
         self.probe: dict[str, Any] | None = orders["probe"]
@@ -217,7 +224,9 @@ def slurm_step() -> dict[str, str]:
 class Inbox:
     """The signals that came and the children that ended.
 
-    Signals are blocked and taken by sigtimedwait, so that none is lost or comes at a bad moment, whenever it is sent.
+    Signals are blocked and taken by sigwaitinfo, so that none is lost or comes at a bad moment, whenever it is sent.
+    Time-outs are a timer's signal: where the process was stopped and continued (`scontrol suspend`) and the time has
+    passed meanwhile, Python's sigtimedwait returns a signal that never came (seen with 3.11).
     """
 
     def __init__(self) -> None:
@@ -227,19 +236,23 @@ class Inbox:
         self.childless = False
         self._heed_stop = True
         # Ignored signals are inherited over exec, and children of a process that ignores SIGCHLD reap themselves.
-        for number in (*STOP_SIGNALS, GO_SIGNAL, signal.SIGCHLD):
+        self._wanted = {*STOP_SIGNALS, GO_SIGNAL, signal.SIGCHLD, signal.SIGALRM}
+        for number in self._wanted:
             signal.signal(number, signal.SIG_DFL)
-        self._wanted = {*STOP_SIGNALS, GO_SIGNAL, signal.SIGCHLD}
         self.original_mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._wanted)
 
     def wait(self, timeout_s: float | None) -> None:
         """Wait for a signal or a child's end, at most `timeout_s`. Raises `End` at the first stop."""
-        if timeout_s is None:
+        if timeout_s is None or timeout_s > 0:
+            if timeout_s is not None:
+                signal.setitimer(signal.ITIMER_REAL, max(timeout_s, 0.0001))  # 0 would be no timer
             self._take(signal.sigwaitinfo(self._wanted).si_signo)
-        else:
-            self._take_one(max(0.0, timeout_s))
-        while self._take_one(0):
-            pass
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        while True:
+            info = signal.sigtimedwait(self._wanted, 0)
+            if info is None:
+                break
+            self._take(info.si_signo)
         self._reap()
         if self.stop and self._heed_stop:
             self._heed_stop = False
@@ -249,16 +262,10 @@ class Inbox:
         """From now on the agent is ending anyway."""
         self._heed_stop = False
 
-    def _take_one(self, timeout_s: float) -> bool:
-        info = signal.sigtimedwait(self._wanted, timeout_s)
-        if info is not None:
-            self._take(info.si_signo)
-        return info is not None
-
     def _take(self, number: int) -> None:
         if number == GO_SIGNAL:
             self.go = True
-        elif number != signal.SIGCHLD:
+        elif number in STOP_SIGNALS:
             self.stop = self.stop or signal.Signals(number).name
 
     def _reap(self) -> None:
@@ -555,6 +562,45 @@ class Records:
         ]
 
 
+def forget_ended(step: Step) -> None:
+    """Remove the claims and lists of other runs of which nothing was written, and nothing lives here, for a month.
+
+    Only files with our names go: the directory is ours alone, yet what else somebody keeps there stays.
+    """
+    names = (read_file(f"/proc/{pid}/environ").partition(b"ROLLOUT_MARK=")[2] for pid in processes(os.getuid()))
+    spared = {name.partition(b"/")[0].decode(errors="replace") for name in names} | {step.run_id, "locks"}
+    for run in os.listdir(step.state_dir):
+        try:
+            if run not in spared:
+                forget(os.path.join(step.state_dir, run))
+        except (OSError, ValueError, KeyError, TypeError):  # another agent was faster, or it is none of ours
+            continue
+
+
+def forget(run: str) -> None:
+    """Remove what is known of one run, unless it is too new or something of it lives. Follows no symbolic link."""
+    if not stat.S_ISDIR(os.lstat(run).st_mode):
+        return
+    folders, files = [run], list[str]()
+    for folder in folders:  # grows
+        for path in (os.path.join(folder, name) for name in os.listdir(folder)):
+            (folders if stat.S_ISDIR(os.lstat(path).st_mode) else files).append(path)
+    if any(time.time() - os.lstat(path).st_mtime < FORGET_AFTER_S for path in (*folders, *files)):
+        return
+    names = {os.path.basename(path).removesuffix(".new").rstrip("0123456789") for path in files}
+    if not names <= {"claim-", "processes-"}:
+        return
+    for path in files:
+        for pid, start in json.loads(read_file(path) or b"{}").get("processes", ()):
+            process = read_process(pid)
+            if process is not None and process.start == start:
+                return
+    for path in files:
+        os.unlink(path)
+    for folder in reversed(folders):
+        os.rmdir(folder)
+
+
 def make_folders(path: str) -> None:
     """Make the folder and those above it, for the owner only."""
     mask = os.umask(0o077)
@@ -702,7 +748,7 @@ def tcp_lines(path: str) -> Iterator[list[bytes]]:
 
 
 def bindable(family: int, address: str, port: int, reuse: bool) -> bool:
-    """Could a server bind this? Only "already in use" says no: a family that does not exist is in nobody's way."""
+    """Could a server bind this? A family that does not exist is in nobody's way. Raises OSError: nobody knows."""
     try:
         with socket.socket(family, socket.SOCK_STREAM) as s:
             if reuse:
@@ -711,12 +757,24 @@ def bindable(family: int, address: str, port: int, reuse: bool) -> bool:
                 s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             s.bind((address, port))
     except OSError as error:
-        return error.errno != errno.EADDRINUSE
+        if error.errno == errno.EADDRINUSE:
+            return False
+        if family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            return True
+        raise
     return True
 
 
 def busy(port: int) -> str:
-    """Return why an engine could not have this port; empty when it could.
+    """Return why an engine could not have this port, or why that is not known; empty when it could."""
+    try:
+        return held(port)
+    except OSError as error:  # EACCES: a privileged port; EMFILE, ENOBUFS: this node is short of something
+        return f"port {port} cannot be tried, so nobody knows whether it is free: {error.strerror}"
+
+
+def held(port: int) -> str:
+    """Return why an engine could not have this port; empty when it could. Raises OSError where that is not known.
 
     A bind with SO_REUSEADDR passes over the remains of connections (TIME_WAIT), but also over a socket that was bound
     with it and does not listen yet, as vLLM's is while it loads. A bind without it fails for both. What is only bound
@@ -912,9 +970,9 @@ def fence(step: Step, records: Records, inbox: Inbox) -> None:
             quiet_since = now
             names = (f"pid {p.pid} ({p.name}) of incarnation {i}, known by its {e}" for p, (i, e) in left.values())
             waits["leftover_process"] = "; ".join(sorted(names))
-        held = [text for text in map(busy, sorted({p for m in step.members for p in m.ports})) if text]
-        if held:
-            waits["port_busy"] = "; ".join(held)
+        taken = [text for text in map(busy, sorted({p for m in step.members for p in m.ports})) if text]
+        if taken:
+            waits["port_busy"] = "; ".join(taken)
         gpu_wait = gpu.waits_for(old, quiet_since)
         if gpu_wait is not None:
             waits["gpu_memory"] = gpu_wait
@@ -1012,11 +1070,14 @@ def watch(step: Step, engines: dict[int, Engine], records: Records, inbox: Inbox
     look_at, list_at, rotating = began + 0.05, began + 0.25, False
     logs = [member.log for member in step.members if member.log]
     snapshot: Snapshot | None = None
+    silence = Silence(step.barrier, step.self_fence_s) if step.self_fence_s > 0 else None
     while True:
         ended = next((pid for pid in inbox.exits if pid in engines), None)
         if ended is not None:
             await_same_signal(inbox, inbox.exits[ended])
             raise engine_exited(engines[ended].member, inbox.exits[ended], ooms)
+        if silence is not None:
+            silence.judge()
         if snapshot is not None and snapshot.over(inbox):
             snapshot = None
         inbox.exits.clear()
@@ -1260,6 +1321,92 @@ def broken_gpu(kernel: Iterable[str], lines: list[str]) -> str:
     return next((f"the last lines say: {words}" for words in BROKEN_WORDS if words in text), "")
 
 
+# ------------------------------------------------------------------------------------------------------------- barrier
+
+
+def read_barrier(path: str) -> Any:
+    """Return the barrier file's value. Raises OSError or ValueError: shared file systems show it missing or half.
+
+    May hang for ever where its server cannot be reached: never called by the main thread.
+    """
+    with open(path, "rb", buffering=0) as file:
+        return json.loads(file.read())
+
+
+class Silence:
+    """For how long the coordinator has been silent: the barrier's heartbeat, as this node sees it.
+
+    A file that cannot be read is as silent as one that nobody writes, and where the node is cut off from a hard-mounted
+    NFS the read itself never returns. Hence a thread reads, and the main thread, which ends the engines, never waits
+    for it.
+    """
+
+    def __init__(self, path: str, limit_s: float) -> None:
+        self._path = path
+        self._limit_s = limit_s
+        self._judged_at = self._awake_since = since_boot()
+        self._newest: tuple[int, int] | None = None
+        self._moved_at: float | None = None
+        self._looks_since: float | None = None
+        self._trouble = ""
+        in_background(self._run)
+
+    def judge(self) -> None:
+        """Raise `End` where the silence has lasted too long. To be called every second or so."""
+        now, moved_at = since_boot(), self._moved_at
+        # Where this process did not run (SIGSTOP, `scontrol suspend`, a machine asleep), its reader did not either, and
+        # the coordinator may have been stopped with it: both get a moment, although the time counts.
+        if now - self._judged_at > AWAKE_SHARE * self._limit_s:
+            self._awake_since = now
+        self._judged_at = now
+        if moved_at is None or now - moved_at < self._limit_s or now - self._awake_since < AWAKE_SHARE * self._limit_s:
+            return
+        term, seq = self._newest or (0, 0)
+        looks_since = self._looks_since
+        hangs = looks_since is not None and now - looks_since > HANGS_S
+        trouble = "reading it hangs" if hangs else self._trouble
+        raise End(
+            "self_fenced",
+            f"no heartbeat of the coordinator for {now - moved_at:.0f} s (fence.self_fence_s = {self._limit_s:g}):"
+            f" it is gone, or this node is cut off; {self._path}: the last was term {term}, seq {seq}; {trouble}",
+        )
+
+    def _run(self) -> None:
+        """Look for ever: the body of the reader's thread."""
+        began, unarmed = since_boot(), True
+        while True:
+            self._looks_since = since_boot()
+            try:
+                value = read_barrier(self._path)
+                self._note(int(value["term"]), int(value["seq"]))
+                self._trouble = "nobody writes it"
+            except OSError as error:
+                self._trouble = f"it cannot be read: {error.strerror}"
+            except (ValueError, KeyError, TypeError):
+                self._trouble = "it is no whole barrier file"
+            self._looks_since = None
+            if unarmed and self._moved_at is None and since_boot() - began >= self._limit_s:
+                unarmed = False
+                print(
+                    f"{self._path} has not moved since go ({self._trouble}): without that, no self-fence",
+                    file=sys.stderr,
+                )
+            time.sleep(HEARTBEAT_LOOK_S)
+
+    def _note(self, term: int, seq: int) -> None:
+        newest = self._newest
+        if newest is None or (term, seq) > newest:  # what is older comes from a cache
+            self._newest = term, seq
+            # The first look proves no heartbeat: a dead coordinator's last word can be read, too.
+            if newest is not None:
+                self._moved_at = since_boot()
+
+
+def since_boot() -> float:
+    """Return seconds on a clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 # --------------------------------------------------------------------------------------------------------- local probe
 
 
@@ -1274,8 +1421,7 @@ class Pause:
     def number(self) -> int:
         """Return which pause it is, from 1; 0: there is none."""
         try:
-            with open(self._path, "rb") as file:
-                pools = json.loads(file.read())["pools"]
+            pools = read_barrier(self._path)["pools"]
             mine = next(p for p in pools if p["name"] == self._pool)
             self._last = int(mine["pauses"]) if mine["probes"] == "paused" else 0
         # Missing or half visible, as shared file systems show it.
@@ -1672,6 +1818,7 @@ def serve(step: Step, records: Records, inbox: Inbox) -> None:
     inbox.go = False
     inbox.exits.clear()
     engines = start(step, records, inbox, prctl)
+    in_background(forget_ended, step)
     try:
         watch(step, engines, records, inbox)
     except End as end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from slurm_rollout.core.hostlist import expand
 from slurm_rollout.core.placement import nodes_needed
+from slurm_rollout.core.ports import OutgoingPorts
 from slurm_rollout.core.request import Allocation
 from slurm_rollout.errors import UsageError
 from slurm_rollout.spec import Spec, fleet_request
@@ -132,16 +134,21 @@ def ip_of(name: str) -> str | None:
     return str(min(usable, key=lambda a: a.version)) if usable else None
 
 
-def outgoing_ports(path: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> tuple[int, int]:
-    """Return the lowest and the highest port that this machine's kernel takes for outgoing connections.
+def outgoing_ports(folder: Path = Path("/proc/sys/net/ipv4")) -> OutgoingPorts:
+    """Return the ports that this machine's kernel takes for outgoing connections.
 
-    The nodes are taken to be set up alike. Where it cannot be read: the kernel's default.
+    The nodes are taken to be set up alike. Where it cannot be read: the kernel's default, nothing reserved.
     """
-    try:
-        low, high = path.read_text(encoding="ascii").split()
-        return int(low), int(high)
-    except (OSError, ValueError):
-        return 32768, 60999
+    low, high = 32768, 60999
+    with contextlib.suppress(OSError, ValueError):
+        low, high = map(int, (folder / "ip_local_port_range").read_text(encoding="ascii").split())
+    reserved: set[int] = set()
+    with contextlib.suppress(OSError, ValueError):
+        for part in (folder / "ip_local_reserved_ports").read_text(encoding="ascii").split(","):
+            first, _, last = part.strip().partition("-")
+            if first:
+                reserved.update(range(int(first), int(last or first) + 1))
+    return OutgoingPorts(low, high, frozenset(reserved))
 
 
 def _addresses(nodes: Iterable[str], address: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ Never on the shared file system: flock on some Lustre mounts is silently node-lo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -103,10 +104,30 @@ def _claim(locks: Path, run: RunDir, plan: FleetPlan, job: str) -> Claim:
             "backend": plan.backend,
         }
         note.write_text(json.dumps(content), encoding="utf-8")
+        _forget_ended(locks)
     except BaseException:
         lock.release()
         raise
     return Claim(lock=lock, note=note)
+
+
+def _forget_ended(locks: Path) -> None:
+    """Remove what coordinators left that are gone. Safe only under the order's lock: nobody takes another one now."""
+    for lock in locks.glob("[0-9a-f]*.lock"):
+        with contextlib.suppress(OSError):
+            if not _is_held(lock):
+                lock.with_suffix(".json").unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
+
+
+def _is_held(lock: Path) -> bool:
+    probe = FileLock(lock)
+    try:
+        probe.acquire(blocking=False)
+    except Timeout:
+        return True
+    probe.release()
+    return False
 
 
 def _read_note(note: Path) -> dict[str, Any]:
@@ -118,13 +139,7 @@ def _read_note(note: Path) -> dict[str, Any]:
 
 
 def _refuse_overlap(note: Path, plan: FleetPlan, job: str, ours: set[str]) -> None:
-    probe = FileLock(note.with_suffix(".lock"))
-    try:
-        probe.acquire(blocking=False)
-    except Timeout:
-        pass
-    else:  # nobody holds it: the note of a coordinator that was killed
-        probe.release()
+    if not _is_held(note.with_suffix(".lock")):  # the note of a coordinator that was killed
         return
     other = _read_note(note)
     who = f"the coordinator of run {other.get('name')!r} (pid {other.get('pid')}, {other.get('run_dir')})"

@@ -13,12 +13,15 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
+from slurm_rollout import proc
 from slurm_rollout.core import view
 from slurm_rollout.core.model import PAGED_TYPES
 
@@ -30,6 +33,7 @@ QUEUE_MOST = 100
 TAIL_BYTES = 500
 """So much of the end of a program's output is worth a log line."""
 
+_GUARD = str(Path(__file__).with_name("hook_guard.py"))
 _PIPE_BYTES = 1 << 20  # more than a pipe holds
 _LOOK_S = 0.02
 _KILL_S = 1.0  # from SIGKILL until a process that will not go is left behind
@@ -42,7 +46,8 @@ class EventHook:
         argv: the program and its arguments. No shell: `["sh", "-c", "…"]` says so where one is wanted.
         about: what each event gets beside its own fields, such as `run`, `job` and `run_dir`.
         types: the types of events that it is for.
-        timeout_s: after so many seconds the program and its process group are killed.
+        timeout_s: after so many seconds the program and its process group are killed; a little later where this process
+            cannot do it, because it was killed or is stopped (`hook_guard`).
         umask: the program's; -1 for this process's own.
 
     The program leads a session of its own, has this process's environment and working directory, and no descriptors
@@ -67,6 +72,7 @@ class EventHook:
         self._changed = threading.Condition()  # for what follows
         self._queue: deque[Mapping[str, Any]] = deque(maxlen=QUEUE_MOST)
         self._thread: threading.Thread | None = None
+        self._guard: subprocess.Popen[bytes] | None = None  # of the thread's own
         self._end_by = float("inf")
         self._told = 0
         self._dropped = 0  # since the program was last told of an event
@@ -116,6 +122,12 @@ class EventHook:
     # ------------------------------------------------------------------------------------------------ in its own thread
 
     def _work(self) -> None:
+        try:
+            self._tell_all()
+        finally:
+            self._dismiss_guard()
+
+    def _tell_all(self) -> None:
         while (event := self._next()) is not None:
             kind, detail = self._run((json.dumps(event) + "\n").encode())
             if kind:
@@ -150,11 +162,43 @@ class EventHook:
             return "cannot be started", str(e)
         assert process.stdin is not None
         assert process.stdout is not None
+        if found := proc.read(process.pid):
+            self._tell_guard(f"{process.pid} {found.started} {self._timeout_s + _KILL_S}")
         try:
             return self._attend(process, process.stdin, process.stdout, document)
         finally:
+            self._tell_guard("")
             process.stdin.close()
             process.stdout.close()
+
+    def _tell_guard(self, line: str) -> None:
+        try:
+            if self._guard is None:
+                self._guard = subprocess.Popen(
+                    [sys.executable, "-IS", _GUARD],
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+                assert self._guard.stdin is not None
+                os.set_blocking(self._guard.stdin.fileno(), False)  # it may be stopped, too
+            assert self._guard.stdin is not None
+            self._guard.stdin.write(f"{line}\n".encode())
+        except OSError as e:
+            self._complain("without a guard", f"{e}: a program that hangs may outlive a coordinator that dies", count=0)
+
+    def _dismiss_guard(self) -> None:
+        if self._guard is None:
+            return
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._guard.wait(_KILL_S)
+            return
+        self._guard.kill()
+        self._guard.wait()
 
     def _attend(
         self, process: subprocess.Popen[bytes], stdin: IO[bytes], stdout: IO[bytes], document: bytes

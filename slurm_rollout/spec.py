@@ -33,10 +33,10 @@ from slurm_rollout.core.plan import (
     SlurmSettings,
     StopPolicy,
 )
-from slurm_rollout.core.ports import HTTP, MASTER
+from slurm_rollout.core.ports import HTTP, MASTER, OutgoingPorts
 from slurm_rollout.core.request import Allocation, FleetRequest, PoolRequest
 from slurm_rollout.errors import SpecError
-from slurm_rollout.spec_models import Env, Nodes, OnEvent, Pool, Probe, Restart, Spec, Table, merged
+from slurm_rollout.spec_models import Env, Fence, Nodes, OnEvent, Pool, Probe, Restart, Spec, Table, merged
 
 __all__ = ["Spec", "build_plan", "fleet_request", "load_spec", "parse_spec"]
 
@@ -119,11 +119,11 @@ def _pause_in(probe: Probe, restart: Restart, pool: Pool) -> tuple[str, ...]:
 
 
 def build_plan(
-    spec: Spec, allocation: Allocation, *, backend: str, port_range: tuple[int, int]
+    spec: Spec, allocation: Allocation, *, backend: str, port_range: OutgoingPorts
 ) -> tuple[FleetPlan, tuple[str, ...]]:
     """Return the plan of the spec in this allocation, and the warnings about it.
 
-    `backend` is "slurm" or "local"; `port_range` the kernel's range of outgoing ports, both ends included.
+    `backend` is "slurm" or "local"; `port_range` the kernel's outgoing ports.
 
     Raises:
         SpecError: the allocation cannot hold the fleet, or the ports do not fit.
@@ -273,6 +273,9 @@ def _value_at(loc: Loc, data: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------------------- meaning
 
+# The supervisor waits up to 30 s before it replaces a coordinator that keeps dying; readers give up after 120 s.
+_SELF_FENCE_MIN_S = 60.0
+_SELF_FENCE_MIN_HEARTBEATS = 10
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OUR_SRUN_OPTIONS = re.compile(
     r"--(jobid|job-name|output|error|input|nodelist|nodes|ntasks|ntasks-per-node|het-group)(=.*)?|-[JoeiwNn].*"
@@ -282,6 +285,7 @@ _OUR_SRUN_OPTIONS = re.compile(
 def _problems(spec: Spec) -> Iterator[tuple[Loc, str]]:
     """Yield what is wrong although each value by itself is right."""
     yield from _node_problems(spec.nodes)
+    yield from _fence_problems(spec, spec.fence)
     for name, env in spec.env.items():
         for variable in env.variables:
             loc: Loc = ("env", name, "variables", variable)
@@ -325,6 +329,7 @@ def _pool_problems(spec: Spec, pool: Pool) -> Iterator[tuple[Loc, str]]:
         have = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(spec.env) or 'none'}"
         yield ("env",), f"there is no [env.{pool.env}]; {have}"
     yield from _engine_problems(spec, pool)
+    yield from _fence_problems(spec, pool.fence)
     startup = merged(spec.probe, pool.probe).startup
     if startup.request_timeout_s > startup.timeout_s and "request_timeout_s" in startup.model_fields_set:
         yield (
@@ -336,6 +341,16 @@ def _pool_problems(spec: Spec, pool: Pool) -> Iterator[tuple[Loc, str]]:
         yield (
             ("restart",),
             f"backoff_initial_s = {restart.backoff_initial_s:g} is above backoff_max_s = {restart.backoff_max_s:g}",
+        )
+
+
+def _fence_problems(spec: Spec, fence: Fence) -> Iterator[tuple[Loc, str]]:
+    least_s = max(_SELF_FENCE_MIN_S, _SELF_FENCE_MIN_HEARTBEATS * spec.heartbeat_s)
+    if 0 < fence.self_fence_s < least_s:
+        yield (
+            ("fence", "self_fence_s"),
+            f"at least {least_s:g} ({_SELF_FENCE_MIN_S:g} s, {_SELF_FENCE_MIN_HEARTBEATS} heartbeats), or 0, never: "
+            "a coordinator that is being replaced, or a slow file system, must not end the engines",
         )
 
 

@@ -150,6 +150,7 @@ class Stop(Table):
 class Fence(Table):
     timeout_s: Seconds = 120.0
     gpu_memory_mb: Count = 1024
+    self_fence_s: SecondsOrZero = 0.0
 
 
 class Ports(Table):

@@ -312,6 +312,8 @@ class Steps:
                 "timeout_s": pool.fence.timeout_s,
                 "gpu_memory_mb": pool.fence.gpu_memory_mb,
                 "unshared_gpus": group.unshared_gpus,
+                "self_fence_s": pool.fence.self_fence_s,
+                "barrier": str(self._run.barrier),
             },
             "stop": {"grace_s": pool.stop.grace_s, "snapshot_s": pool.stop.snapshot_s},
             "probe": {

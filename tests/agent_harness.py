@@ -254,7 +254,14 @@ class Node:
             "state_dir": str(self.state_dir),
             **changes,
             "stop": {"grace_s": 0, "snapshot_s": 3.0, **changes.get("stop", {})},
-            "fence": {"timeout_s": 15.0, "gpu_memory_mb": 1024, "unshared_gpus": False, **changes.get("fence", {})},
+            "fence": {
+                "timeout_s": 15.0,
+                "gpu_memory_mb": 1024,
+                "unshared_gpus": False,
+                "self_fence_s": 0,
+                "barrier": "",
+                **changes.get("fence", {}),
+            },
         }
 
     def mark(self, *, group: str = "actor/0", incarnation: int = 1, node: str = "n1", run_id: str = "") -> str:

@@ -34,6 +34,7 @@ from tests.agent_harness import (
     pid_in,
     python,
     server,
+    start_ticks,
     until,
 )
 
@@ -738,6 +739,80 @@ LEAVES = (
     "signal.signal(signal.SIGTERM, leave); print('ready', flush=True); time.sleep(600)"
 )
 STAYS = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+
+
+def old_run(node: Node, name: str, **processes: list[list[int]]) -> Path:
+    """What a run left on this node longer than a month ago; with `processes` a list that names them."""
+    run = node.state_dir / name
+    group = run / "n1" / "actor~0"
+    group.mkdir(parents=True, mode=0o700)
+    (group / "claim-1").touch()
+    (group / "claim-12").touch()
+    if processes:
+        (group / "processes-12").write_text(json.dumps({"boot": "x", "slurm": {}, **processes}))
+    return run
+
+
+def age(run: Path) -> None:
+    at = time.time() - module.FORGET_AFTER_S - 60
+    for path in (run, *run.rglob("*")):
+        os.utime(path, (at, at), follow_symlinks=False)
+
+
+def test_what_ended_runs_left_is_removed_after_a_month(node: Node, tmp_path: Path) -> None:
+    alive_still = node.bystander()
+    gone = old_run(node, "gone", processes=[[2**22 - 1, 7], [alive_still, 7]])
+    lives = old_run(node, "lives", processes=[[alive_still, start_ticks(alive_still)]])
+    marked = old_run(node, "marked")
+    node.bystander(mark="marked/actor/0/12/n1")
+    kept = old_run(node, "kept")
+    (kept / "n1" / "actor~0" / "notes").touch()
+    new = old_run(node, "new")
+    own = old_run(node, node.run_id).parent / node.run_id / "n2"
+    own.mkdir()
+    (own.parent / "n1" / "actor~0" / "claim-12").unlink()
+    (own.parent / "n1" / "actor~0" / "claim-1").unlink()
+    locks = node.state_dir / "locks"
+    locks.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    old_run(node, "target").rename(elsewhere)
+    (node.state_dir / "link").symlink_to(elsewhere)
+    (old_run(node, "linked") / "n2").symlink_to(elsewhere)
+    for run in (gone, lives, marked, kept, new, own.parent, locks, elsewhere, *node.state_dir.glob("link*")):
+        age(run)
+    (new / "n1" / "actor~0" / "claim-12").touch()
+
+    agent = node.agent(member())
+    agent.go()
+    until(lambda: not gone.exists(), "the month-old run to be forgotten")
+    agent.stop()
+    age(own.parent)
+    module.forget_ended(module.Step(node.orders()))  # the agent's may not have come to the end
+    for run in (lives, marked, kept, new, elsewhere):
+        assert sorted(p.name for p in run.rglob("claim-*")) == ["claim-1", "claim-12"], run
+    assert own.is_dir()
+    assert locks.is_dir()
+    assert (node.state_dir / "linked" / "n2").is_symlink()
+
+
+def test_being_stopped_and_continued_ends_nothing(node: Node) -> None:
+    agent = node.agent(member())
+    (engine,) = agent.go()
+
+    def looks() -> int:
+        text = Path(f"/proc/{agent.pid}/status").read_text()
+        return int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+    for _ in range(3):
+        agent.send(signal.SIGSTOP)
+        stopped = time.monotonic()
+        until(lambda at=stopped: time.monotonic() - at > 1.2, "longer than it ever waits")  # type: ignore[misc]
+        before = looks()
+        agent.send(signal.SIGCONT)
+        until(lambda n=before: not alive(agent.pid) or looks() > n + 5, "some looks")  # type: ignore[misc]
+        assert alive(agent.pid), agent.told()
+    assert alive(engine)
+    agent.stop()
 
 
 def test_grace_lets_an_engine_leave_by_itself(node: Node, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -307,6 +309,42 @@ def test_a_holder_of_another_user_is_named_as_far_as_it_can_be(monkeypatch: pyte
         user = module.user_name(os.getuid())
         expected = f"port {port} is held by a process of user {user} that is not visible to this user, on 0.0.0.0"
         assert module.busy(port) == expected
+
+
+@pytest.mark.parametrize("failed", ["socket", "bind"])
+def test_a_port_that_cannot_be_tried_is_not_free(node: Node, failed: str) -> None:
+    port = free_port()
+    # The first half a second no descriptor is to be had, or the system refuses the bind.
+    refuse = f"""
+real, began = g["socket"].socket, g["time"].monotonic()
+class Refusing(real):
+    def {"__init__" if failed == "socket" else "bind"}(self, *given, **named):
+        if g["time"].monotonic() - began < 0.5:
+            {"real.__init__(self, *given, **named); self.close()" if failed == "socket" else "pass"}
+            raise OSError(24, "Too many open files")
+        real.{"__init__" if failed == "socket" else "bind"}(self, *given, **named)
+g["socket"].socket = Refusing
+"""
+    agent = node.agent(member(ports=[port]), patch=refuse)
+    said = agent.saw("fence_waits", cause="port_busy")["message"]
+    assert said == f"port {port} cannot be tried, so nobody knows whether it is free: Too many open files"
+    agent.saw("fenced")
+    agent.stop()
+
+
+def test_a_machine_without_ipv6_has_free_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.socket
+
+    def ipv4_only(family: int, kind: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, kind)
+
+    port = free_port()
+    monkeypatch.setattr(module, "socket", SimpleNamespace(**{**vars(socket), "socket": ipv4_only}))
+    assert module.busy(port) == ""
+    with occupied(port):
+        assert module.busy(port)
 
 
 def test_every_change_of_what_it_waits_for_is_told_once(node: Node, tmp_path: Path) -> None:

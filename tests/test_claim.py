@@ -104,6 +104,30 @@ os.kill(os.getpid(), 9)
     claim(run, make_plan(1), "12").release()
 
 
+def test_what_ended_coordinators_left_is_removed_and_what_is_held_stays(run: RunDir) -> None:
+    locks = node_local_dir() / "locks"
+    plan = make_plan(1)
+    held = claim(run, plan, "12")
+    (lock,) = {p for p in locks.glob("*.lock") if not p.name.startswith(".")}
+    for n in range(3):
+        (locks / f"{n:020x}.lock").touch()
+    (locks / f"{1:020x}.json").write_text("{}")
+    (locks / "somebody-s.lock").touch()
+    other = claim(RunDir(run.path.with_name("8")), replace(moved(plan, 19000), name="other"), "13")
+    assert {p.name for p in locks.iterdir()} == {
+        ".order.lock",
+        "somebody-s.lock",
+        lock.name,
+        lock.with_suffix(".json").name,
+        other.note.name,
+        other.note.with_suffix(".lock").name,
+    }
+    with pytest.raises(RunDirBusy):
+        claim(run, plan, "12")
+    held.release()
+    other.release()
+
+
 def test_a_claim_that_waits_for_another_in_vain_says_so(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slurm_rollout.claim.CLAIM_TIMEOUT_S", 0.1)
     locks = node_local_dir() / "locks"

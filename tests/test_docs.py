@@ -195,6 +195,10 @@ ENTRIES = {
     "a_coordinator_killed_at_any_moment_is_replaced_and_nothing_is_started_twice": "The coordinator was replaced",
     "a_failure_that_happens_while_no_coordinator_lives_is_not_forgotten": "The coordinator was replaced",
     "a_coordinator_that_was_stopped_for_a_while_blames_no_engine": "No heartbeat",
+    "engines_without_a_coordinator_are_ended_and_the_next_one_starts_them_again": (
+        "Agents ended their engines by themselves"
+    ),
+    "the_engines_of_a_node_that_is_cut_off_end_while_it_is": "Agents ended their engines by themselves",
     "while_the_run_directory_cannot_be_written_nothing_is_started_and_all_goes_on_after_it": (
         "The run directory cannot be written"
     ),

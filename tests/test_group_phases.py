@@ -468,6 +468,7 @@ STEP_FACTS = {
     "leftover_process": Reason.LEFTOVER_PROCESS,
     "gpu_memory": Reason.GPU_MEMORY,
     "other_incarnation": Reason.OTHER_INCARNATION,
+    "self_fenced": Reason.SELF_FENCED,
     "exec_failed": Reason.LAUNCH_FAILED,
     "bad_config": Reason.LAUNCH_FAILED,
     "stopped": Reason.STEP_ENDED,
@@ -486,6 +487,22 @@ def test_a_start_fails_with_the_agent_s_last_word(cause: str, reason: Reason) ->
     assert (failure.reason, failure.message, failure.rank, failure.node) == (reason, "said so", 1, "n1")
     assert failure.startup
     assert failure.restarted_peers == (0,)
+
+
+def test_engines_that_die_because_a_peers_node_fenced_itself_are_not_blamed() -> None:
+    w = ready()
+    w.kill(G, 0, code=9)
+    record = ExitRecord(cause="self_fenced", message="no heartbeat")
+    w.change(G, "n1", exit=record, process=Process.EXITED, exited_at=w.now)
+    w.tick()
+    failure = w.group().failure
+    assert failure is not None
+    assert (failure.reason, failure.message, failure.rank, failure.node) == (
+        Reason.SELF_FENCED,
+        "no heartbeat",
+        None,
+        "n1",
+    )
 
 
 def test_the_engine_that_died_by_itself_is_blamed_and_not_the_peer_whose_agent_was_only_told_to_stop() -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -326,3 +327,64 @@ def test_the_loop_goes_on_while_a_program_hangs(tmp_path: Path, pids: Callable[[
 
     assert asyncio.run(main()) < 0.05
     assert pids()
+
+
+# ------------------------------------------------------------------------------------- a coordinator that cannot do it
+
+COORDINATOR = """
+import asyncio, sys
+from slurm_rollout.hook import EventHook
+
+async def main():
+    hook = EventHook(["/bin/sh", "-c", sys.argv[1], *sys.argv[2:]], {}, timeout_s=2.0)
+    hook.tell([{"n": 1, "type": "failure", "group": "a/0", "incarnation": 1}])
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    """A process with a hook that runs this script; it ends with the test."""
+    made: list[subprocess.Popen[bytes]] = []
+
+    def start(script: str) -> subprocess.Popen[bytes]:
+        made.append(subprocess.Popen([sys.executable, "-c", COORDINATOR, script, str(tmp_path / "pids")]))
+        return made[-1]
+
+    yield start
+    for process in made:
+        process.kill()
+        process.wait()
+
+
+def guards_of(pid: int) -> list[int]:
+    return [p.pid for p in proc.descendants(pid) if b"hook_guard.py" in Path(f"/proc/{p.pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_one_that_hangs_does_not_outlive_its_time_where_its_coordinator_was_killed_or_stopped(
+    coordinator: Callable[[str], subprocess.Popen[bytes]], pids: Callable[[], list[int]], number: signal.Signals
+) -> None:
+    process = coordinator('sleep 600 & echo $$ $! > "$0.new"; mv "$0.new" "$0"; wait')
+    began = time.monotonic()
+    until(lambda: len(pids()) == 2)
+    (guard,) = until(lambda: guards_of(process.pid))
+    process.send_signal(number)
+    until(lambda: not living(pids()))
+    assert time.monotonic() - began > 1.5, "it had its time"
+    if number == signal.SIGKILL:
+        until(lambda: not living([guard]))
+
+
+def test_what_ended_by_itself_before_is_left_alone_and_the_guard_goes(
+    coordinator: Callable[[str], subprocess.Popen[bytes]], pids: Callable[[], list[int]]
+) -> None:
+    process = coordinator('sleep 600 & echo $! > "$0.new"; mv "$0.new" "$0"')
+    until(lambda: len(pids()) == 1)
+    (guard,) = until(lambda: guards_of(process.pid))
+    until(lambda: len(proc.descendants(process.pid)) <= 1)
+    process.kill()
+    until(lambda: not living([guard]))
+    assert living(pids())

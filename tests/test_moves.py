@@ -246,7 +246,7 @@ def test_a_node_whose_checks_fail_again_and_again_is_excluded_and_its_group_move
 
 def break_gpu(w: World, name: str, node: str) -> None:
     record = ExitRecord(
-        cause="engine_exited", message="signal 6", rank=1, signal=6, hardware="Xid 79: fell off the bus"
+        cause="engine_exited", message="signal 6", rank=1, signal=6, hardware="Xid 79: GPU has fallen off the bus"
     )
     w.change(name, node, exit=record, process=Process.EXITED, exited_at=w.now, exit_code=80)
     w.tick()

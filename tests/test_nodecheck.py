@@ -30,6 +30,7 @@ from slurm_rollout import agent
 from slurm_rollout.core import codec
 from slurm_rollout.core.model import RunState
 from slurm_rollout.core.plan import FencePolicy, FleetPlan
+from slurm_rollout.core.ports import OutgoingPorts
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.spec import build_plan, load_spec
 from slurm_rollout.store import Store, prepare
@@ -851,7 +852,7 @@ def fleet(tmp_path: Path) -> tuple[FleetPlan, Path]:
     from slurm_rollout import allocation
 
     made = allocation.from_args("n[1-4]", address="{node}", gpus_per_node=8, cpus_per_node=8)
-    plan, _ = build_plan(load_spec(str(spec)), made, backend="slurm", port_range=(32768, 60999))
+    plan, _ = build_plan(load_spec(str(spec)), made, backend="slurm", port_range=OutgoingPorts(32768, 60999))
     return plan, spec
 
 

@@ -19,13 +19,13 @@ from slurm_rollout.core.hostlist import fold
 from slurm_rollout.core.placeholders import command_line, fill, placeholders, used
 from slurm_rollout.core.placement import nodes_needed
 from slurm_rollout.core.plan import FleetPlan
-from slurm_rollout.core.ports import PortDemand, assign
+from slurm_rollout.core.ports import OutgoingPorts, PortDemand, assign
 from slurm_rollout.core.request import Allocation
 from slurm_rollout.errors import SpecError, UsageError
 from slurm_rollout.spec import Spec, build_plan, fleet_request, parse_spec
 
 ENGINE = 'engine = { kind = "command", argv = ["serve", "{http_port}"] }\nprobe.liveness.counter = { name = "tokens" }'
-PORT_RANGE = (32768, 60999)
+PORT_RANGE = OutgoingPorts(32768, 60999)
 
 
 def spec(text: str) -> Spec:
@@ -44,7 +44,7 @@ def plan(text: str, allocation: Allocation | None = None, backend: str = "slurm"
     return build_plan(spec(text), allocation or nodes("n[1-8]"), backend=backend, port_range=PORT_RANGE)[0]
 
 
-def warnings(text: str, allocation: Allocation | None = None, port_range: tuple[int, int] = PORT_RANGE) -> str:
+def warnings(text: str, allocation: Allocation | None = None, port_range: OutgoingPorts = PORT_RANGE) -> str:
     return "\n".join(build_plan(spec(text), allocation or nodes("n[1-8]"), backend="slurm", port_range=port_range)[1])
 
 
@@ -340,9 +340,22 @@ def test_a_nodes_address_is_one_that_other_nodes_can_use(
 
 def test_the_kernels_outgoing_ports(tmp_path: Path) -> None:
     path = tmp_path / "ip_local_port_range"
-    assert allocations.outgoing_ports(path) == (32768, 60999)
+    assert allocations.outgoing_ports(tmp_path) == OutgoingPorts(32768, 60999)
     path.write_text("9000\t65535\n")
-    assert allocations.outgoing_ports(path) == (9000, 65535)
+    assert allocations.outgoing_ports(tmp_path) == OutgoingPorts(9000, 65535)
+
+
+@pytest.mark.parametrize(
+    ("text", "reserved"),
+    [("\n", set()), ("18000\n", {18000}), ("18000-18002,9000,9010-9011\n", {9000, 9010, 9011, 18000, 18001, 18002})],
+)
+def test_the_ports_that_are_reserved(tmp_path: Path, text: str, reserved: set[int]) -> None:
+    (tmp_path / "ip_local_port_range").write_text("9000\t65535\n")
+    (tmp_path / "ip_local_reserved_ports").write_text(text)
+    outgoing = allocations.outgoing_ports(tmp_path)
+    assert outgoing == OutgoingPorts(9000, 65535, frozenset(reserved))
+    assert not any(port in outgoing for port in reserved)
+    assert 20000 in outgoing
 
 
 # -------------------------------------------------------------------------------------------------------------- local
@@ -437,10 +450,12 @@ def test_ports_above_the_highest_are_told_by_name() -> None:
         ((18017, 60999), "ports 18017 to 18017 lie in 18017-60999"),
         ((1024, 18000), "ports 18000 to 18000 lie in 1024-18000"),
         ((1024, 65535), "ports 18000 to 18017 lie in 1024-65535"),
+        ((1024, 65535, frozenset(range(18000, 18018))), None),
+        ((1024, 65535, frozenset(range(18000, 18017))), "ports 18017 to 18017 lie in 1024-65535"),
     ],
 )
-def test_ports_that_the_kernel_hands_out_are_a_warning(port_range: tuple[int, int], told: str | None) -> None:
-    text = warnings("[nodes]\ncount = 1\n" + pool("actor", 2, "gpus = 1"), port_range=port_range)
+def test_ports_that_the_kernel_hands_out_are_a_warning(port_range: tuple[Any, ...], told: str | None) -> None:
+    text = warnings("[nodes]\ncount = 1\n" + pool("actor", 2, "gpus = 1"), port_range=OutgoingPorts(*port_range))
     assert text == "" if told is None else f"pool actor: its {told}" in text
 
 

@@ -135,6 +135,13 @@ def test_the_planned_model_is_checked_and_the_environment_found() -> None:
     assert (one.env.variables, one.env.setup) == ({"A": "1"}, ("module load cuda",))
 
 
+def test_agents_fence_themselves_only_where_that_is_asked_for() -> None:
+    assert pool(MINIMAL).fence.self_fence_s == 0
+    assert pool(MINIMAL + "fence.self_fence_s = 60").fence.self_fence_s == 60
+    assert pool(MINIMAL + "fence.self_fence_s = 0\n[fence]\nself_fence_s = 90").fence.self_fence_s == 0
+    assert pool("heartbeat_s = 12\n" + MINIMAL + "[fence]\nself_fence_s = 120").fence.self_fence_s == 120
+
+
 # ---------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -179,6 +186,11 @@ ARGV = 'argv = ["serve", "{http_port}"]'
             MINIMAL + 'restart.when = "later"',
             "pool[0].restart.when (pool actor) = \"later\": should be 'at_once' or 'at_barrier'",
         ),
+        (
+            MINIMAL + "fence.self_fence_s = 59",
+            "pool[0].fence.self_fence_s (pool actor) = 59: at least 60 (60 s, 10 heartbeats), or 0, never: a",
+        ),
+        ("heartbeat_s = 12\n" + MINIMAL + "[fence]\nself_fence_s = 119", "fence.self_fence_s = 119: at least 120"),
         (MINIMAL + 'probe.pause_in = ["sleeping"]', "should be 'generating', 'training' or 'syncing'"),
         (change("groups = 2", "groups = 0"), "pool[0].groups (pool actor) = 0: should be greater than or equal to 1"),
         (change("groups = 2", 'groups = "2"'), 'pool[0].groups (pool actor) = "2": should be a valid integer'),

@@ -157,7 +157,12 @@ def classify(
         return _WANTED[reason]
     if disk or says_full(words):
         return FailureClass.DISK_FULL
-    if hardware or names_lost_node(words) or (accepted and any(w in words for w in _NODE_OR_WISH)):
+    if (
+        reason is Reason.SELF_FENCED
+        or hardware
+        or names_lost_node(words)
+        or (accepted and any(w in words for w in _NODE_OR_WISH))
+    ):
         return FailureClass.NODE
     if not launched and reason is Reason.LAUNCH_FAILED:
         return FailureClass.SLURM_REFUSED

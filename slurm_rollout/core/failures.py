@@ -29,18 +29,20 @@ _CAUSES = {
     "leftover_process": Reason.LEFTOVER_PROCESS,
     "gpu_memory": Reason.GPU_MEMORY,
     "other_incarnation": Reason.OTHER_INCARNATION,
+    "self_fenced": Reason.SELF_FENCED,
     "exec_failed": Reason.LAUNCH_FAILED,
     "bad_config": Reason.LAUNCH_FAILED,
     "stopped": Reason.STEP_ENDED,
 }
 
+# Engines die when their peers on a node that fenced itself are gone; an agent that was told to stop says nothing.
+_TELLING = {"self_fenced": 0, "stopped": 2}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     failure: Failure
-    charged: (
-        bool  # against a budget; not where its class has none, or where we, or a Slurm that is blind, are the cause
-    )
+    charged: bool  # against a budget; not where its class has none, or we, or a Slurm that is blind, are the cause
 
 
 def find_failure(
@@ -91,7 +93,10 @@ def find_failure(
     for step in sorted(seen.steps, key=_tells_less):
         if step.exit is not None:
             reason = _CAUSES.get(step.exit.cause, Reason.STEP_ENDED)
-            return found(reason, _with_evidence(step.exit), rank=step.exit.rank, node=step.node, step=step)
+            # Silence is no fault of the engine's; it lasts long, so that this cannot spin.
+            charged = reason is not Reason.SELF_FENCED
+            message = _with_evidence(step.exit)
+            return found(reason, message, rank=step.exit.rank, node=step.node, charged=charged, step=step)
         if step.process is not Process.RUNNING and step.exited_at is not None:
             reason, message, charged = _silent_end(g, step)
             rank = group.on(step.node)[0].rank
@@ -128,9 +133,9 @@ def find_failure(
     return None
 
 
-def _tells_less(step: StepObservation) -> tuple[bool, bool, bool]:
+def _tells_less(step: StepObservation) -> tuple[bool, int]:
     lost = step.exit is None and step.process is Process.EXITED and names_lost_node(step.stderr)
-    return not lost, step.exit is None, step.exit is not None and step.exit.cause == "stopped"
+    return not lost, 3 if step.exit is None else _TELLING.get(step.exit.cause, 1)
 
 
 def _class(g: GroupState, seen: GroupObservation, reason: Reason, step: StepObservation | None) -> FailureClass:

@@ -48,6 +48,7 @@ class Reason(StrEnum):
     LEFTOVER_PROCESS = "leftover_process"
     GPU_MEMORY = "gpu_memory"
     OTHER_INCARNATION = "other_incarnation"
+    SELF_FENCED = "self_fenced"  # its agent heard nothing of the coordinator for so long that it ended the engines
     STRANGER_ANSWERS = "stranger_answers"
     MISMATCH = "mismatch"
     OPERATOR = "operator"

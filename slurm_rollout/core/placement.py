@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from slurm_rollout.core.hostlist import fold
 from slurm_rollout.core.plan import FleetPlan, GroupPlan, Host, Member, PoolPlan, PortBlocks
-from slurm_rollout.core.ports import HTTP, MASTER, PortDemand, assign, ephemeral_warnings
+from slurm_rollout.core.ports import HTTP, MASTER, OutgoingPorts, PortDemand, assign, ephemeral_warnings
 from slurm_rollout.core.request import Allocation, FleetRequest, MemberPlace, PoolRequest
 from slurm_rollout.errors import SpecError
 
@@ -172,9 +172,9 @@ def _check_enough(request: FleetRequest, seats: Sequence[Sequence[Sequence[Seat]
 
 
 def place(
-    request: FleetRequest, allocation: Allocation, *, backend: str, port_range: tuple[int, int]
+    request: FleetRequest, allocation: Allocation, *, backend: str, port_range: OutgoingPorts
 ) -> tuple[FleetPlan, tuple[str, ...]]:
-    """Return the plan and the warnings about it. `port_range`: the kernel's outgoing ports, both ends included.
+    """Return the plan and the warnings about it. `port_range`: the kernel's outgoing ports.
 
     Raises:
         SpecError: the allocation cannot hold the fleet, or the ports do not fit.

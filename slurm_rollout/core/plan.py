@@ -81,6 +81,7 @@ class FencePolicy:
 
     timeout_s: float = 120.0
     gpu_memory_mb: int = 1024  # a GPU that no other group shares counts as back below this
+    self_fence_s: float = 0.0  # agents end their engines when they saw no heartbeat for so long; 0: never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,18 +58,30 @@ def assign(demands: Iterable[PortDemand]) -> tuple[Mapping[str, int], ...]:
     return tuple({name: start + i for i, name in enumerate(d.names)} for _, start, d in blocks)
 
 
+@dataclass(frozen=True, slots=True)
+class OutgoingPorts:
+    """Where the kernel takes ports for outgoing connections: from `low` to `high`, but for those that are reserved."""
+
+    low: int
+    high: int
+    reserved: frozenset[int] = frozenset()
+
+    def __contains__(self, port: int) -> bool:
+        return self.low <= port <= self.high and port not in self.reserved
+
+
 def ephemeral_warnings(
-    demands: Sequence[PortDemand], ports: Sequence[Mapping[str, int]], port_range: tuple[int, int]
+    demands: Sequence[PortDemand], ports: Sequence[Mapping[str, int]], outgoing: OutgoingPorts
 ) -> tuple[str, ...]:
-    """Return a warning for each pool with ports in the kernel's range of outgoing ports (both ends included)."""
-    low, high = port_range
+    """Return a warning for each pool with ports that the kernel also takes for outgoing connections."""
     inside: dict[str, list[int]] = {}
     for demand, assigned in zip(demands, ports, strict=True):
-        inside.setdefault(demand.pool, []).extend(p for p in assigned.values() if low <= p <= high)
+        inside.setdefault(demand.pool, []).extend(p for p in assigned.values() if p in outgoing)
     return tuple(
-        f"pool {pool}: its ports {min(found)} to {max(found)} lie in {low}-{high}, where the kernel takes ports for "
-        "outgoing connections (net.ipv4.ip_local_port_range): any process can take one before an engine binds it. "
-        f"Choose ports.base so that they stay below {low}"
+        f"pool {pool}: its ports {min(found)} to {max(found)} lie in {outgoing.low}-{outgoing.high}, where the kernel "
+        "takes ports for outgoing connections (net.ipv4.ip_local_port_range): any process can take one before an "
+        f"engine binds it. Choose ports.base so that they stay below {outgoing.low}, or have an administrator reserve "
+        "them (net.ipv4.ip_local_reserved_ports)"
         for pool, found in inside.items()
         if found
     )
