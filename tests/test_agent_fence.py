@@ -243,7 +243,7 @@ def test_a_stranger_that_listens_is_named_and_never_killed(node: Node, address: 
     code = LISTEN.replace("socket.socket()", f"socket.socket({10 if ':' in address else 2})")
     stranger = node.bystander(argv=python(code.replace("127.0.0.1", address), port))
     until(lambda: port_is_taken(port), "the stranger")
-    agent = node.agent(member(0), member(1, ports=[free_port(), port]), fence={"timeout_s": 0.3})
+    agent = node.agent(member(0), member(1, ports=[free_port(), port]), fence={"timeout_s": 2})
     said = agent.saw("fence_waits")
     name = Path(f"/proc/{stranger}/comm").read_text().strip()
     assert said["cause"] == "port_busy"
