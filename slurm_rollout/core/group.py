@@ -254,7 +254,7 @@ def _fencing(ctx: Context, g: GroupState, out: Out) -> GroupState:
     sweeps = [s for s in ctx.seen.steps if s.sweep]
     if away := ctx.excluded.intersection(ctx.group.nodes):
         if left := _left_behind(ctx, g, out, [s for s in sweeps if ended(ctx, g, s) is not True]):
-            g = _blame_nodes(g, left)
+            g = _blame_nodes(ctx, g, left)
         if living := _not_ended(ctx, g, sweeps, out):
             return _end_steps(ctx, g, out, living)
         # Before the next launch it moves away from there.
@@ -463,7 +463,7 @@ def _stopping(ctx: Context, g: GroupState, out: Out) -> GroupState:
         return _end_steps(ctx, g, out, living)
     left = _left_behind(ctx, g, out, [s for s in ctx.seen.steps if ended(ctx, g, s) is not True])
     if left and g.phase is Phase.STOPPING:
-        g = _blame_nodes(g, left)
+        g = _blame_nodes(ctx, g, left)
     if g.goes_to is Phase.FAILED and g.phase is Phase.STOPPING and not _job_goes_on(ctx, g, out):
         return replace(g, message=ASKING)
     now = ctx.obs.now
@@ -592,10 +592,21 @@ def _left_behind(ctx: Context, g: GroupState, out: Out, living: list[StepObserva
     return [step.node for step in living]
 
 
-def _blame_nodes(g: GroupState, nodes: list[str]) -> GroupState:
+def _blame_nodes(ctx: Context, g: GroupState, nodes: list[str]) -> GroupState:
     """The engine did not fail, its node did: no budget counts that."""
     message = f"{', '.join(nodes)} is lost"
-    failure = g.failure and replace(g.failure, reason=Reason.NODE_LOST, message=f"{message}; seen: {g.failure.message}")
+    failure = g.failure
+    if failure is not None and failure.incarnation == g.incarnation:
+        failure = replace(failure, reason=Reason.NODE_LOST, message=f"{message}; seen: {failure.message}")
+    else:  # it was stopped because somebody wanted that; what failed before is another matter
+        failure = Failure(
+            reason=Reason.NODE_LOST,
+            message=message,
+            incarnation=g.incarnation,
+            at=ctx.obs.now,
+            wall=ctx.obs.wall,
+            node=nodes[0],
+        )
     return replace(
         g,
         failure=failure,
