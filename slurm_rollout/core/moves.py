@@ -27,6 +27,9 @@ from slurm_rollout.core.phases import Phase, Reason, check_transition
 from slurm_rollout.core.plan import FleetPlan, GroupPlan, Member
 from slurm_rollout.core.ports import HIGHEST, HTTP, MASTER
 
+GIVEN_UP = frozenset({Exclusion.LOST, Exclusion.GONE, Exclusion.STUCK})
+"""Why the steps on a node are not waited for."""
+
 _HOMELESS = frozenset({Phase.PENDING, Phase.FENCING, Phase.BACKOFF})
 """Phases in which nothing of a group lives, so that it can move."""
 
@@ -230,7 +233,9 @@ def _relocate(
     hosts = _hosts_for(plan, run, obs, group, excluded(run))
     if hosts is None:
         return None
+    # Also where no step is left something may be: nothing was fenced there since.
     left = {s.node for s in run.lost_steps if s.group == g.id}
+    left |= {old for old, new in hosts.items() if new != old and run.node(old).excluded in GIVEN_UP}
     old = [f"{group.addresses[m.node]}:{p}" for m in group.members if m.node in left for p in m.fenced_ports]
     if left:
         old.append(f"{group.master_address}:{group.master_port}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 UNANSWERED = ("Socket timed out", "Unable to contact slurm controller")
 """srun's words for a controller that does not answer (22.05 to 25.11): then it refused nothing."""
 
+REFUSED = ("Unable to create step", "Unable to confirm allocation")
+"""srun's words for a controller that refuses a step (22.05 to 25.11): no node had a part in that."""
+
 # Said of --cpu-bind=none where TaskPlugin cannot bind; it is no reason for anything (22.05).
 _CHATTER = "cluster configuration lacks support for cpu binding"
 

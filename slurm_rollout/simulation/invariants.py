@@ -112,12 +112,13 @@ class Checker:
         self.trainer.launched(step)
         self.nodes.launched(step)
         for member in step.plan.members:
+            ports = set(member.ports.values())
             node = self.cluster.nodes[member.node]
             for engine in node.engines:
                 older = engine.incarnation.plan.id == key.group and engine.incarnation.number < key.incarnation
                 looked_at = now - MARGIN_S
                 seen = not self._is_away(node.name) and looked_at > max(node.back_at, self.cluster.batch_host_cut_until)
-                if older and engine.listens and seen:
+                if older and engine.listens and seen and set(engine.member.ports.values()) & ports:
                     raise Broken(
                         2,
                         f"{step.name} is launched while a port of incarnation {engine.incarnation.number} still "
