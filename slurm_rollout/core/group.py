@@ -366,6 +366,8 @@ def _launch(ctx: Context, g: GroupState, out: Out) -> GroupState:
 
 
 def _backoff(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    if g.charge is not None and g.charge.node in ctx.lost:
+        g = _blame_nodes(ctx, g, [g.charge.node])
     if ctx.obs.now < g.not_before:
         out.wake(g.not_before)
         return g

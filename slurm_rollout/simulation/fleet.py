@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from slurm_rollout.barrier import Barrier, BarrierError, CoordinatorLost, FleetFailed
+from slurm_rollout.core import moves
 from slurm_rollout.core.bounds import recovery_bound
 from slurm_rollout.core.model import Action, Decision, Exclusion, Observation, RunState
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason
-from slurm_rollout.core.plan import GroupPlan
+from slurm_rollout.core.plan import FleetPlan, GroupPlan
 from slurm_rollout.core.pools import serves
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.simulation import faults as fault_kinds
@@ -436,8 +437,11 @@ class Fleet:
             self._count_ready()
             return
         self._make_peace()
-        self._all_become_ready()
-        self._end()
+        if self._is_doomed():
+            self._says_that_it_failed()
+        else:
+            self._all_become_ready()
+            self._end()
 
     def _happen(self, fault: Fault) -> None:
         if not self.peace:
@@ -475,7 +479,10 @@ class Fleet:
     def _all_become_ready(self) -> None:
         """10: within the bound that `plan` prints; what was drained or is failed, after it is asked to come back."""
         time = self.time
-        time.run(time.now + 400.0, lambda: self._is_steady())
+        time.run(time.now + 400.0, lambda: self._is_steady() or self._is_doomed())
+        if self._is_doomed():  # its nodes are gone, and that is seen only now
+            self._says_that_it_failed()
+            return
         if self.cluster.job_ending and not self._ended:
             time.run(time.now + 100.0)
         if not self._is_steady():
@@ -488,6 +495,9 @@ class Fleet:
             time.run(min(time.now + 5.0, deadline))
             if self.coordinator is None:
                 continue
+            if self.coordinator.state.ending and self._is_doomed():
+                self._says_that_it_failed()
+                return
             if self.coordinator.state.ending:
                 raise Broken(9, "the run ends, and nobody asked for it")
             down = [g.id for g in self.coordinator.state.groups if g.phase in (Phase.FAILED, Phase.STOPPED)]
@@ -538,13 +548,34 @@ class Fleet:
     def _is_hopeless(self, group: str) -> bool:
         """Tell whether nodes of it are gone for good, or were taken from it, and there are no others for it."""
         assert self.coordinator is not None
-        run, placed = self.coordinator.state, self.coordinator.placed
-        barred = {n.name for n in run.nodes if n.excluded in (Exclusion.DRAINED, Exclusion.FAILING)}
-        barred |= {n.name for n in self.cluster.nodes.values() if n.lost}
+        unused = (Exclusion.DRAINED, Exclusion.FAILING)
+        barred = {n.name for n in self.coordinator.state.nodes if n.excluded in unused}
+        return self._lacks_nodes(self.coordinator.placed, group, barred)
+
+    def _lacks_nodes(self, placed: FleetPlan, group: str, barred: set[str]) -> bool:
+        barred = barred | {n.name for n in self.cluster.nodes.values() if n.lost}
         mine = placed.group(group)
         needs = [n for n in mine.nodes if n in barred]
         free = [n for n in self.plan.nodes if n not in barred and n not in mine.nodes]
         return len(needs) > sum(self._has_room(placed.groups, mine, n) for n in free)
+
+    def _is_doomed(self) -> bool:
+        """Tell whether nodes are gone for good, without which a pool cannot come back."""
+        if self.files.state is None or not any(n.lost for n in self.cluster.nodes.values()):
+            return False
+        placed = moves.placed(self.plan, self.files.state)
+        return any(
+            sum(not self._lacks_nodes(placed, g.id, set()) for g in pool.groups) < pool.min_ready
+            for pool in self.plan.pools
+        )
+
+    def _says_that_it_failed(self) -> None:
+        """9: nobody is left waiting for a fleet whose nodes are gone."""
+        self.time.run(self.time.now + self._patience_s(), lambda: self.first_failed_at is not None)
+        if self.first_failed_at is None:
+            raise Broken(9, "nodes are gone without which a pool cannot come back, and nobody says so")
+        self._ended = True
+        self._count_ready()
 
     def _has_room(self, groups: tuple[GroupPlan, ...], mine: GroupPlan, node: str) -> bool:
         others = [g for g in groups if g.id != mine.id and node in g.nodes]
@@ -567,6 +598,8 @@ class Fleet:
 
     def _end(self) -> None:
         """The run, or the job, ends: nothing is left, nothing is charged."""
+        if self._ended:
+            return
         assert self.coordinator is not None
         self._ended = True
         mine, ended_at = self.coordinator, self.time.now

@@ -118,8 +118,8 @@ class NodeChecker:
             if (step.name, step.node) not in known and after.node(step.node).excluded not in GIVEN_UP:
                 raise Broken(17, f"{step.name} is left on {step.node}, which is not lost")
         for name, node in known - self._left:
-            for step in self.cluster.steps:
-                if (step.name, step.key.node) == (name, node) and step.goes_on:
+            for held in self.cluster.steps:
+                if (held.name, held.key.node) == (name, node) and held.goes_on:
                     raise Broken(17, f"{name} is taken for gone, and lives on {node}")
 
     def _given_up(self, event: Event, run: RunState) -> None:
