@@ -17,7 +17,6 @@ from slurm_rollout.core.model import (
     Event,
     Exclusion,
     GroupState,
-    NodeState,
     NodeWord,
     Observation,
     Place,
@@ -170,15 +169,19 @@ def free_nodes(plan: FleetPlan, run: RunState, obs: Observation) -> tuple[str, .
     """Return the fleet's nodes that may take a group, the best first: whole ones, those that Slurm drains, and those
     that were lost and are back with nothing of before alive on them."""
 
-    def rank(node: NodeState) -> int | None:
-        word = obs.node(node.name).word
-        if word in (NodeWord.DOWN, NodeWord.GONE, NodeWord.SILENT):
+    words, known = {n.name: n.word for n in obs.nodes}, {n.name: n for n in run.nodes}
+
+    def rank(name: str) -> int | None:
+        if words.get(name) in (NodeWord.DOWN, NodeWord.GONE, NodeWord.SILENT):
             return None
+        node = known.get(name)
+        if node is None:
+            return 0
         if node.excluded:
             return 2 if node.back else None
         return 1 if node.draining else 0
 
-    ranked = [(rank(run.node(name)), name) for name in plan.nodes]
+    ranked = [(rank(name), name) for name in plan.nodes]
     return tuple(name for want in range(3) for place, name in ranked if place == want)
 
 
@@ -192,19 +195,16 @@ def _hosts_for(
 ) -> Mapping[str, str] | None:
     """Return old node -> new one for those of its nodes that it leaves; None when there are not enough."""
     kept = [n for n in group.nodes if n not in away]
+    apart = [g for g in plan.groups if g.id != group.id and not (group.shares_nodes and g.shares_nodes)]
+    busy = {m.node for g in apart for m in g.members}
+    free = [n for n in free_nodes(plan, run, obs) if n not in kept and n not in busy]
+    candidates = [n for n in free if n not in away or run.node(n).back]
     found: dict[str, str] = {}
     for old in group.nodes:
         if old not in away:
             continue
-        free = (
-            new
-            for new in free_nodes(plan, run, obs)
-            if new not in kept
-            and new not in found.values()
-            and (new not in away or run.node(new).back)
-            and _fits(plan, group, old, new)
-        )
-        new = next(free, None)
+        fitting = (new for new in candidates if new not in found.values() and _fits(plan, group, old, new))
+        new = next(fitting, None)
         if new is None:
             return None
         found[old] = new
@@ -212,17 +212,12 @@ def _hosts_for(
 
 
 def _fits(plan: FleetPlan, group: GroupPlan, old: str, new: str) -> bool:
-    """Tell whether what the group has on one node has room on another one."""
+    """Tell whether what the group has on one node has room on another one, which nobody has alone."""
     gpus = {g for m in group.on(old) for g in m.gpus}
     if max(gpus, default=-1) >= plan.hosts[new].gpus:
         return False
-    for other in plan.groups:
-        if other.id == group.id or new not in other.nodes:
-            continue
-        taken = {g for m in other.on(new) for g in m.gpus}
-        if not (group.shares_nodes and other.shares_nodes) or gpus & taken:
-            return False
-    return True
+    others = (g for g in plan.groups if g.id != group.id)
+    return all(gpus.isdisjoint(m.gpus) for g in others for m in g.members if m.node == new)
 
 
 def _relocate(
