@@ -204,7 +204,82 @@ def test_a_second_lost_node_finds_no_spare_and_the_operator_brings_the_first_bac
     go_on(w, 10)
     assert w.state.group("actor/1").phase is P.READY
     assert group(w, "actor/1").nodes == ("n2", "n1")
-    assert [e.message for e in w.events("request")] == ["n1: is used again (it was lost)"]
+    assert [e.message for e in w.events("request")] == [
+        "n1: is used again once run.actor-0.1.1 has ended there, which is tried as soon as it answers"
+    ]
+    assert w.living("actor/0") == {2}
+
+
+def test_a_drained_node_that_is_lost_and_comes_back_stays_drained() -> None:
+    w = new(spares=0)
+    lose(w, "actor/0", "n1")
+    go_on(w, w.plan.lost_after_s + 10)
+    w.ask("drain", "n1")
+    w.cut.clear()
+    go_on(w, 30)
+    assert w.state.node("n1").excluded is Exclusion.DRAINED
+    assert w.state.group("actor/0").phase is P.PENDING
+    w.ask("resume", "n1")
+    go_on(w, 5)
+    assert w.state.group("actor/0").phase is P.READY
+
+
+def test_what_failed_before_is_no_failure_of_the_node() -> None:
+    w = new()
+    w.kill("actor/0", 1)
+    w.tick()
+    w.heal(lambda: w.state.group("actor/0").phase is P.READY)
+    w.ask("restart", "actor/0")
+    w.cut.add("n1")
+    w.orphans.add(("actor/0", 2, "n1", False))
+    go_on(w, w.plan.lost_after_s + 10)
+    g = w.state.group("actor/0")
+    assert g.phase is P.READY
+    assert len(g.runtime_failures) == 1
+    assert g.failure is not None
+    assert (g.failure.reason, g.failure.incarnation) == (Reason.NODE_LOST, 2)
+
+
+def refuse_launches(w: World, name: str, node: str, seconds: float) -> None:
+    """No step starts on a node: each srun ends after some seconds."""
+    for _ in range(int(seconds)):
+        w.tick(1.0)
+        w.settle()
+        g = w.state.group(name)
+        seen = w.steps.get((name, g.incarnation, node, False))
+        if g.phase is P.STARTING and seen is not None and seen.process is Process.RUNNING:
+            w.vanish(name, node, stderr="Task launch failed: Communication connection failure")
+
+
+def test_where_no_step_starts_and_nothing_answers_nobody_is_charged_and_the_ports_stay_taken() -> None:
+    """Whether what was launched there lives cannot be known; nor whether a process outlived its step."""
+    w = new(restart=RestartPolicy(max_restarts=1, max_start_failures=5))
+    w.kill("actor/0", 1)
+    w.heal(lambda: w.state.group("actor/0").phase is P.STARTING)
+    w.cut.add("n1")
+    refuse_launches(w, "actor/0", "n1", 2 * w.plan.lost_after_s + 20)
+    g = w.state.group("actor/0")
+    assert group(w, "actor/0").nodes == ("n0", "n4")
+    assert group(w, "actor/0").master_port != w.plan.group("actor/0").master_port
+    assert (g.phase, len(g.runtime_failures), g.start_failures) == (P.READY, 1, ())
+
+
+def test_no_group_is_given_up_for_a_node_that_slurm_gave_up() -> None:
+    w = new(restart=RestartPolicy(max_restarts=0, max_start_failures=0))
+    w.words["n1"] = NodeWord.DOWN
+    w.vanish("actor/0", "n1", stderr="Node failure on n1")
+    go_on(w, 10)
+    g = w.state.group("actor/0")
+    assert (g.phase, g.runtime_failures, g.node_failures) == (P.READY, (), 1)
+    assert group(w, "actor/0").nodes == ("n0", "n4")
+
+
+def test_a_step_that_ends_without_a_word_on_a_node_that_is_well_counts() -> None:
+    w = new(restart=RestartPolicy(max_restarts=0, max_start_failures=0))
+    w.vanish("actor/0", "n1")
+    go_on(w, 10)
+    assert w.state.group("actor/0").phase is P.FAILED
+    assert not w.state.nodes
 
 
 def test_a_drained_node_is_the_last_choice_and_a_warning() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from slurm_rollout.core import barrier_rules, clients, moves, nodes
-from slurm_rollout.core.group import Context, Out, advance, ended, has_living_steps, stop, to
+from slurm_rollout.core.group import WORDLESS, Context, Out, advance, ended, has_living_steps, stop, to
 from slurm_rollout.core.model import (
     Action,
     Decision,
@@ -169,15 +169,23 @@ def _heed_node_request(
     for name in request.groups:
         node = run.node(name)
         if request.verb == "resume":
+            left = [s.name for s in run.lost_steps if s.node == name]
             said = f"is used again (it was {node.excluded})" if node.excluded else "is in use already: nothing to do"
             if node.excluded is Exclusion.GONE:
                 said = "is not in the job any more, and cannot be used again in this one: nothing to do"
+            elif left:
+                run = nodes.remember(run, replace(node, drained=""))
+                said = f"is used again once {', '.join(left)} has ended there, which is tried as soon as it answers"
             elif node.excluded:
                 run = nodes.remember(run, NodeState(name=name, draining=node.draining))
-        elif node.excluded:
+        elif node.excluded in moves.GIVEN_UP and not node.back:
+            run = nodes.remember(run, replace(node, drained=by))
+            said = f"is excluded already ({node.message}), and is not used again by itself"
+        elif node.excluded and not node.back:
+            run = nodes.remember(run, replace(node, drained=by))
             said = f"is excluded already: {node.message}"
         else:
-            run = nodes.remember(run, nodes.exclude(obs, node, Exclusion.DRAINED, by, events))
+            run = nodes.remember(run, nodes.exclude(obs, replace(node, drained=by), Exclusion.DRAINED, by, events))
             run, moved = _vacate(plan, run, obs, name, by)
             said = f"is not used any more; {', '.join(moved) or 'no group'} moves away from it"
         events.append(_answer(request, "request", f"{name}: {said}"))
@@ -254,7 +262,7 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
 
 
 def _suspects(run: RunState, contexts: Mapping[str, Context], obs: Observation) -> dict[str, nodes.Trouble]:
-    """Return the nodes with a step that does not end although it was told to, or on which a launch just failed."""
+    """Return the nodes with a step that does not end although it was told to, or of which one just ended wordless."""
     found: dict[str, nodes.Trouble] = {}
     for g in run.groups:
         ctx = contexts[g.id]
@@ -267,7 +275,8 @@ def _suspects(run: RunState, contexts: Mapping[str, Context], obs: Observation) 
                         since = min(since, known.since)
                     found[step.node] = nodes.Trouble(since=since, step_lives=True)
         charge = g.charge
-        if g.phase in (Phase.FENCING, Phase.BACKOFF) and charge is not None and charge.reason is Reason.LAUNCH_FAILED:
+        waits = g.phase in (Phase.FENCING, Phase.BACKOFF) or (g.phase is Phase.STOPPING and g.goes_to is Phase.FAILED)
+        if waits and charge is not None and charge.reason in WORDLESS:
             found.setdefault(charge.node, nodes.Trouble(since=charge.at, step_lives=False))
     found.pop("", None)
     return found

@@ -57,6 +57,9 @@ _OF_THE_NODE = frozenset({Reason.LAUNCH_FAILED, Reason.PORT_BUSY, Reason.LEFTOVE
 ASK_NODES_S = 10.0
 """Pause between two questions to Slurm about nodes while a step does not end."""
 
+WORDLESS = frozenset({Reason.LAUNCH_FAILED, Reason.STEP_ENDED})
+"""Failures without a word of the agent: perhaps its node is lost."""
+
 SNAPSHOT_MARGIN_S = 0.5
 """So much longer than the agents take at most for a snapshot their word is waited for."""
 
@@ -274,8 +277,11 @@ def _fencing(ctx: Context, g: GroupState, out: Out) -> GroupState:
     now = ctx.obs.now
     sweeps = [s for s in ctx.seen.steps if s.sweep]
     if away := ctx.excluded.intersection(ctx.group.nodes):
-        if left := _left_behind(ctx, g, out, [s for s in sweeps if ended(ctx, g, s) is not True]):
-            g = _blame_nodes(g, left)
+        left = _left_behind(ctx, g, out, [s for s in sweeps if ended(ctx, g, s) is not True])
+        if g.charge is not None and g.charge.node in ctx.lost:
+            left.append(g.charge.node)
+        if left:
+            g = _blame_nodes(ctx, g, left)
         if living := _not_ended(ctx, g, sweeps, out):
             return _end_steps(ctx, g, out, living)
         # Before the next launch it moves away from there.
@@ -381,6 +387,8 @@ def _launch(ctx: Context, g: GroupState, out: Out) -> GroupState:
 
 
 def _backoff(ctx: Context, g: GroupState, out: Out) -> GroupState:
+    if g.charge is not None and g.charge.node in ctx.lost:
+        g = _blame_nodes(ctx, g, [g.charge.node])
     if ctx.obs.now < g.not_before:
         out.wake(g.not_before)
         return g
@@ -485,9 +493,14 @@ def _stopping(ctx: Context, g: GroupState, out: Out) -> GroupState:
         return _end_steps(ctx, g, out, living)
     left = _left_behind(ctx, g, out, [s for s in ctx.seen.steps if ended(ctx, g, s) is not True])
     if left and g.phase is Phase.STOPPING:
-        g = _blame_nodes(g, left)
-    if g.goes_to is Phase.FAILED and g.phase is Phase.STOPPING and not _job_goes_on(ctx, g, out):
-        return replace(g, message=ASKING)
+        g = _blame_nodes(ctx, g, left)
+    if g.goes_to is Phase.FAILED and g.phase is Phase.STOPPING:
+        if not _job_goes_on(ctx, g, out):
+            return replace(g, message=ASKING)
+        if g.charge is not None and g.charge.node in ctx.lost:
+            g = _blame_nodes(ctx, g, [g.charge.node])
+        elif g.charge is not None and g.charge.reason in WORDLESS and not _asked_of(ctx, g.charge):
+            return replace(g, message=f"it would be given up: asking Slurm how {g.charge.node} is")
     now = ctx.obs.now
     since = g.marks.seen_at if g.marks.seen_at is not None else g.since
     g = replace(_excuse(ctx, g), marks=replace(g.marks, stopped_at=now, fenced_at=None), **_NO_STEPS)
@@ -617,15 +630,33 @@ def _left_behind(ctx: Context, g: GroupState, out: Out, living: list[StepObserva
     return [step.node for step in living]
 
 
-def _blame_nodes(g: GroupState, nodes: list[str]) -> GroupState:
+def _asked_of(ctx: Context, failure: Failure) -> bool:
+    """Tell whether Slurm was asked about the node since; of one without a name nobody can be asked."""
+    asked_at = ctx.obs.node(failure.node).asked_at
+    return not failure.node or (asked_at is not None and asked_at >= failure.at)
+
+
+def _blame_nodes(ctx: Context, g: GroupState, nodes: list[str]) -> GroupState:
     """The engine did not fail, its node did: no budget counts that."""
-    message = f"{', '.join(nodes)} is lost"
-    failure = g.failure and replace(
-        g.failure,
-        reason=Reason.NODE_LOST,
-        kind=FailureClass.NODE,
-        message=f"{message}; seen: {g.failure.message}",
-    )
+    message = f"{', '.join(dict.fromkeys(nodes))} is lost"
+    failure = g.failure
+    # Launches failed there before it was known why: since it last answered, or since the group last was well.
+    answered_at = [at for n in nodes if (at := ctx.obs.node(n).answered_at) is not None]
+    last = max(answered_at or g.runtime_failures, default=0.0)
+    if failure is not None and failure.incarnation == g.incarnation:
+        failure = replace(
+            failure, reason=Reason.NODE_LOST, kind=FailureClass.NODE, message=f"{message}; seen: {failure.message}"
+        )
+    else:  # it was stopped because somebody wanted that; what failed before is another matter
+        failure = Failure(
+            reason=Reason.NODE_LOST,
+            message=message,
+            incarnation=g.incarnation,
+            at=ctx.obs.now,
+            wall=ctx.obs.wall,
+            node=nodes[0],
+            kind=FailureClass.NODE,
+        )
     return replace(
         g,
         failure=failure,
@@ -634,6 +665,7 @@ def _blame_nodes(g: GroupState, nodes: list[str]) -> GroupState:
         reason=Reason.NODE_LOST,
         message=message,
         not_before=0.0,
+        start_failures=tuple(at for at in g.start_failures if at <= last),
         node_failures=g.node_failures + 1,
     )
 

@@ -131,6 +131,7 @@ class NodeState:
     back: bool = False  # it was lost, answers again, and nothing of before lives on it
     failures: int = 0  # launches and checks in a row that failed on it
     draining: str = ""  # Slurm's reason, while Slurm drains it
+    drained: str = ""  # an operator's wish, until he takes it back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,6 @@ from slurm_rollout.core.model import (
     Event,
     Exclusion,
     GroupState,
-    NodeState,
     NodeWord,
     Observation,
     Place,
@@ -26,6 +25,9 @@ from slurm_rollout.core.model import (
 from slurm_rollout.core.phases import Phase, Reason, check_transition
 from slurm_rollout.core.plan import FleetPlan, GroupPlan, Member
 from slurm_rollout.core.ports import HIGHEST, HTTP, MASTER
+
+GIVEN_UP = frozenset({Exclusion.LOST, Exclusion.GONE, Exclusion.STUCK})
+"""Why the steps on a node are not waited for."""
 
 _HOMELESS = frozenset({Phase.PENDING, Phase.FENCING, Phase.BACKOFF})
 """Phases in which nothing of a group lives, so that it can move."""
@@ -167,15 +169,19 @@ def free_nodes(plan: FleetPlan, run: RunState, obs: Observation) -> tuple[str, .
     """Return the fleet's nodes that may take a group, the best first: whole ones, those that Slurm drains, and those
     that were lost and are back with nothing of before alive on them."""
 
-    def rank(node: NodeState) -> int | None:
-        word = obs.node(node.name).word
-        if word in (NodeWord.DOWN, NodeWord.GONE, NodeWord.SILENT):
+    words, known = {n.name: n.word for n in obs.nodes}, {n.name: n for n in run.nodes}
+
+    def rank(name: str) -> int | None:
+        if words.get(name) in (NodeWord.DOWN, NodeWord.GONE, NodeWord.SILENT):
             return None
+        node = known.get(name)
+        if node is None:
+            return 0
         if node.excluded:
             return 2 if node.back else None
         return 1 if node.draining else 0
 
-    ranked = [(rank(run.node(name)), name) for name in plan.nodes]
+    ranked = [(rank(name), name) for name in plan.nodes]
     return tuple(name for want in range(3) for place, name in ranked if place == want)
 
 
@@ -189,19 +195,16 @@ def _hosts_for(
 ) -> Mapping[str, str] | None:
     """Return old node -> new one for those of its nodes that it leaves; None when there are not enough."""
     kept = [n for n in group.nodes if n not in away]
+    apart = [g for g in plan.groups if g.id != group.id and not (group.shares_nodes and g.shares_nodes)]
+    busy = {m.node for g in apart for m in g.members}
+    free = [n for n in free_nodes(plan, run, obs) if n not in kept and n not in busy]
+    candidates = [n for n in free if n not in away or run.node(n).back]
     found: dict[str, str] = {}
     for old in group.nodes:
         if old not in away:
             continue
-        free = (
-            new
-            for new in free_nodes(plan, run, obs)
-            if new not in kept
-            and new not in found.values()
-            and (new not in away or run.node(new).back)
-            and _fits(plan, group, old, new)
-        )
-        new = next(free, None)
+        fitting = (new for new in candidates if new not in found.values() and _fits(plan, group, old, new))
+        new = next(fitting, None)
         if new is None:
             return None
         found[old] = new
@@ -209,17 +212,12 @@ def _hosts_for(
 
 
 def _fits(plan: FleetPlan, group: GroupPlan, old: str, new: str) -> bool:
-    """Tell whether what the group has on one node has room on another one."""
+    """Tell whether what the group has on one node has room on another one, which nobody has alone."""
     gpus = {g for m in group.on(old) for g in m.gpus}
     if max(gpus, default=-1) >= plan.hosts[new].gpus:
         return False
-    for other in plan.groups:
-        if other.id == group.id or new not in other.nodes:
-            continue
-        taken = {g for m in other.on(new) for g in m.gpus}
-        if not (group.shares_nodes and other.shares_nodes) or gpus & taken:
-            return False
-    return True
+    others = (g for g in plan.groups if g.id != group.id)
+    return all(gpus.isdisjoint(m.gpus) for g in others for m in g.members if m.node == new)
 
 
 def _relocate(
@@ -230,7 +228,9 @@ def _relocate(
     hosts = _hosts_for(plan, run, obs, group, excluded(run))
     if hosts is None:
         return None
+    # Also where no step is left something may be: nothing was fenced there since.
     left = {s.node for s in run.lost_steps if s.group == g.id}
+    left |= {old for old, new in hosts.items() if new != old and run.node(old).excluded in GIVEN_UP}
     old = [f"{group.addresses[m.node]}:{p}" for m in group.members if m.node in left for p in m.fenced_ports]
     if left:
         old.append(f"{group.master_address}:{group.master_port}")

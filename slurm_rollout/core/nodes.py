@@ -39,7 +39,7 @@ class Trouble:
     """What makes a node a suspect."""
 
     since: float
-    step_lives: bool  # a step there does not end; else a launch there failed
+    step_lives: bool  # a step there does not end; else one failed to start, or ended without a word
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ def heed(
 
 
 def _is_given_up(node: NodeState) -> bool:
-    return node.excluded in (Exclusion.LOST, Exclusion.GONE, Exclusion.STUCK) and not node.back
+    return node.excluded in moves.GIVEN_UP and not node.back
 
 
 def remember(run: RunState, node: NodeState) -> RunState:
@@ -107,7 +107,7 @@ def count_failures(
     for name in dict.fromkeys(fine):
         if run.node(name).failures:
             run = remember(run, replace(run.node(name), failures=0))
-    for name in dict.fromkeys(failed):
+    for name in (n for n in dict.fromkeys(failed) if not obs.node(n).silent_s):  # that is another verdict
         node = replace(run.node(name), failures=run.node(name).failures + 1)
         here = [g for g in plan.groups if name in g.nodes]
         others_live = any(g.phase in ALIVE and name not in plan.group(g.id).nodes for g in run.groups)
@@ -212,6 +212,11 @@ def _watch_lost(run: RunState, obs: Observation, wants: Wants, events: list[Even
         if _is_given_up(node) and node.excluded is not Exclusion.GONE:
             up = obs.node(node.name).word in (NodeWord.UP, NodeWord.DRAINING)
             if node.name in answering and node.name not in left_on and up:
+                if node.drained:
+                    message = f"it answers again, and nothing of before lives on it; {node.drained}"
+                    events.append(Event(type="node_back", node=node.name, reason=Exclusion.DRAINED, message=message))
+                    run = remember(run, replace(node, excluded=Exclusion.DRAINED, message=node.drained))
+                    continue
                 message = "it answers again, and nothing of before lives on it: used again where no other is free"
                 events.append(Event(type="node_back", node=node.name, reason=node.excluded, message=message))
                 run = remember(run, replace(node, back=True))

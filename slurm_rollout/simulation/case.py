@@ -64,7 +64,7 @@ def make_case(seed: int, *, hours: float = 1.0, per_hour: float | None = None, p
     """Return the case that a seed stands for: the plan, the faults, how it ends."""
     rng = random.Random(seed)
     plan_is_free = plan is None
-    plan = plan or some_plan(rng)
+    plan = plan or with_nodes(some_plan(rng), random.Random(f"nodes of {seed}"))
     kinds = fault_kinds.every_kind()
     if rng.random() < 0.5:  # a few kinds at a time meet each other more often
         kinds = {k: kinds[k] for k in rng.sample(sorted(kinds), 8)}
@@ -84,6 +84,47 @@ def make_case(seed: int, *, hours: float = 1.0, per_hour: float | None = None, p
     # Drawn apart: a seed means the same fleet and the same faults as before there were trainers.
     rng = random.Random(f"trainers of {seed}")
     return with_trainers(case, rng) if plan_is_free and rng.random() < 0.6 else case
+
+
+def with_nodes(plan: FleetPlan, rng: random.Random) -> FleetPlan:
+    """Return the plan with spares, groups that share nodes where they have one member, and what makes a node lost."""
+    if all(len(g.members) == 1 for g in plan.groups) and rng.random() < 0.5:
+        plan = sharing(plan)
+    plan = with_spares(plan, rng.choice((0, 0, 1, 1, 2)))
+    return replace(plan, lost_after_s=rng.choice((20.0, 30.0, 60.0)), max_node_failures=rng.choice((1, 2, 2, 3)))
+
+
+def with_spares(plan: FleetPlan, count: int) -> FleetPlan:
+    """Return the plan with so many spares more, like its last node."""
+    names = tuple(f"spare{len(plan.spares) + n}" for n in range(count))
+    like = plan.hosts[plan.nodes[-1]]
+    return replace(
+        plan,
+        nodes=plan.nodes + names,
+        spares=plan.spares + names,
+        hosts={**plan.hosts, **{n: replace(like, address=n, ip=n) for n in names}},
+    )
+
+
+def sharing(plan: FleetPlan) -> FleetPlan:
+    """Return the plan of groups of one member with two of them on each node, with half of its GPUs each."""
+    groups = []
+    for index, group in enumerate(plan.groups):
+        node, half = f"n{index // 2}", index % 2
+        (member,) = group.members
+        ports = {name: port + 16 * half for name, port in member.ports.items()}
+        url = f"http://{node}:{ports['http']}"
+        member = replace(member, node=node, gpus=tuple(range(4 * half, 4 * half + 4)), ports=ports, url=url)
+        on = {"addresses": {node: node}, "cpus_per_step": {node: 1}, "gpus_per_step": {node: 8}}
+        groups.append(replace(group, members=(member,), shares_nodes=True, **on))  # type: ignore[arg-type]
+    nodes = tuple(dict.fromkeys(g.leader.node for g in groups))
+    (pool,) = plan.pools
+    return replace(
+        plan,
+        pools=(replace(pool, groups=tuple(groups)),),
+        nodes=nodes,
+        hosts={n: replace(plan.hosts[n], cpus=2, gpus=8) for n in nodes},
+    )
 
 
 def with_trainers(case: Case, rng: random.Random) -> Case:

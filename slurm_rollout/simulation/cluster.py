@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
-from slurm_rollout.core.model import Job, Listing
+from slurm_rollout.core.model import Job, Listing, NodeWord
 from slurm_rollout.core.names import step_name
 from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.simulation.clock import Chance, Timeline
@@ -24,6 +24,8 @@ TWIN_S = 2.0  # srun killed -9: its twin ends the step
 KILL_WAIT_S = 7.0  # srun gives up on a cut node's step after KillWait and 2 s, and exits with 0
 UNKILLABLE_S = 60.0  # slurmstepd gives up on a process that does not die: the step counts as ended
 NODE_DOWN_S = 300.0  # SlurmdTimeout
+NODE_SILENT_S = 100.0  # slurmctld asks nodes whether they live every third of that
+NODE_GONE_S = 2.0  # from DOWN until the job has one node less (--no-kill)
 GIVES_UP_S = 9.0  # srun, while slurmctld does not answer
 
 Answer = Literal["ok", "late", "no", "refused"]
@@ -71,10 +73,10 @@ class Cluster:
 
     # ----------------------------------------------------------------------------------------------------------- launch
 
-    def launch(self, key: Key, term: int) -> Step:
-        """Start one srun."""
-        group = self._groups[key.group]
-        name = step_name(self.plan, key.group, key.incarnation, key.node, sweep=key.sweep)
+    def launch(self, key: Key, placed: FleetPlan, term: int) -> Step:
+        """Start one srun, of a group as it stands now."""
+        group = placed.group(key.group)
+        name = step_name(placed, key.group, key.incarnation, key.node, sweep=key.sweep)
         found = self.incarnations.get((key.group, key.incarnation))
         if found is None:
             found = Incarnation(group, key.incarnation, self.load_s(key.group, key.incarnation))
@@ -83,7 +85,7 @@ class Cluster:
             old = key.incarnation - 20
             self.incarnations.pop((key.group, old), None)
         self._pids += 1
-        step = Step(key, name, self._pids, term, found, self.time.now)
+        step = Step(key, group, name, self._pids, term, found, self.time.now)
         self.on_launch(step)
         if not key.sweep:
             found.steps[key.node] = step
@@ -116,9 +118,18 @@ class Cluster:
             step.listed = False
             self._refuse(step, 3.1, 233, "Task launch failed: Communication connection failure")
             return
+        if self.time.now < node.sick_until:
+            node.sick_at = self.time.now
+            if node.sickness == "srun":
+                step.listed = False
+                self._refuse(step, 0.1, 1, "Task launch failed on node: Slurmd could not execve job")
+                return
         step.agent = "fencing"
         node.agents.append(step)
         self.say(step, report="hello", step=f"1.{step.pid}")
+        if self.time.now < node.sick_until and not step.key.sweep:
+            self._agent_ends(step, node.sickness, "the node is sick")
+            return
         claims = node.claims.setdefault(step.key.group, set())
         if not step.key.sweep:
             if any(c >= step.key.incarnation for c in claims):
@@ -168,7 +179,7 @@ class Cluster:
         return other.group == step.key.group and other.incarnation <= newest
 
     def _ports_of(self, step: Step) -> Iterable[int]:
-        for member in self._groups[step.key.group].on(step.key.node):
+        for member in step.plan.on(step.key.node):
             yield from member.fenced_ports
 
     def port_holder(self, node: Node, port: int) -> str:
@@ -207,7 +218,7 @@ class Cluster:
         if step.agent == "fenced":
             step.agent = "serving"
             node, now = self.nodes[step.key.node], self.time.now
-            members = self._groups[step.key.group].on(step.key.node)
+            members = step.plan.on(step.key.node)
             for member in members:
                 engine = Engine(member, step.incarnation)
                 step.incarnation.engines[member.rank] = engine
@@ -464,13 +475,37 @@ class Cluster:
         delay_s = self.chance.between(1.0, 80.0, "job", self.questions) if slow else 0.02
         return Job.ENDING if self.job_ending else Job.RUNNING, delay_s
 
+    def look_at_nodes(self) -> tuple[dict[str, NodeWord] | None, float]:
+        """Answer how the nodes are. None: Slurm does not answer."""
+        self.questions += 1
+        if self.time.now < self.slurm_away_until:
+            return None, self.chance.between(9.0, 18.0, "nodes", self.questions)
+        slow = self.time.now < self.slurm_slow_until
+        delay_s = self.chance.between(1.0, 80.0, "nodes", self.questions) if slow else 0.02
+        return {name: self.word(node) for name, node in self.nodes.items()}, delay_s
+
+    def word(self, node: Node) -> NodeWord:
+        """Return what slurmctld thinks of a node now."""
+        now = self.time.now
+        if node.lost:
+            return NodeWord.GONE if now - node.lost_at >= NODE_GONE_S else NodeWord.DOWN
+        if node.cut and now - node.cut_at >= NODE_SILENT_S:
+            return NodeWord.SILENT
+        return NodeWord.DRAINING if node.draining else NodeWord.UP
+
+    def reaches(self, name: str) -> bool | None:
+        """Tell whether a node answers a connection from the batch host; None: that cannot be tried now."""
+        if self.time.now < self.blind_until:
+            return None
+        return not self.unreachable(name) and self.time.now >= self.batch_host_cut_until
+
     def past(self, key: Key) -> Step:
         """Return a step of which only its files are left; one that was never launched has none."""
         found = self.incarnations.get((key.group, key.incarnation))
         step = None if found is None or key.sweep else found.steps.get(key.node)
         if step is None:
             group = self._groups[key.group]
-            step = Step(key, "", 0, 0, Incarnation(group, key.incarnation, 0.0), self.time.now)
+            step = Step(key, group, "", 0, 0, Incarnation(group, key.incarnation, 0.0), self.time.now)
             step.srun_lives = False
         return step
 
@@ -503,15 +538,21 @@ class Cluster:
         node = self.nodes[name]
         if node.cut or node.lost:
             return
-        node.cut = True
+        node.cut, node.cut_at = True, self.time.now
         self._touch_node(node)
-        if for_s >= NODE_DOWN_S:
-            self.time.after(NODE_DOWN_S, lambda: self.lose(name))
-        else:
-            self.time.after(for_s, lambda: self.rejoin(name))
+        since = node.cut_at
+
+        def over() -> None:
+            if node.cut and node.cut_at == since:
+                end = self.lose if for_s >= NODE_DOWN_S else self.rejoin
+                end(name)
+
+        self.time.after(min(for_s, NODE_DOWN_S), over)
 
     def rejoin(self, name: str) -> None:
         node = self.nodes[name]
+        if not node.cut:
+            return
         node.cut, node.back_at = False, self.time.now
         for step in [s for s in self.steps if s.key.node == name]:
             if step.srun_lives:
@@ -529,7 +570,7 @@ class Cluster:
         node = self.nodes[name]
         if node.lost:
             return
-        node.lost, node.cut = True, False
+        node.lost, node.cut, node.lost_at = True, False, self.time.now
         for step in [s for s in self.steps if s.key.node == name]:
             step.listed = False
             step.unsent.clear()

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from slurm_rollout import proc
 from slurm_rollout.backend import StepRef
 from slurm_rollout.clients import Clients
-from slurm_rollout.coordinator import FAST_S, QUERY_PAUSE_S, SLOW_S
-from slurm_rollout.core import codec
+from slurm_rollout.coordinator import FAST_S, QUERY_PAUSE_S, REACH_PERIOD_S, REACH_TIMEOUT_S, SLOW_S, _Reach
+from slurm_rollout.core import codec, moves
 from slurm_rollout.core.decide import decide, is_over
 from slurm_rollout.core.model import (
     Action,
@@ -31,6 +31,8 @@ from slurm_rollout.core.model import (
     Job,
     Launch,
     Listing,
+    NodeObservation,
+    NodeWord,
     Observation,
     Request,
     RunState,
@@ -118,9 +120,14 @@ class Coordinator:
         found = self._load()
         self.journal = Journal(plan, self._store)
         self.state = found
-        self.steps = SimSteps(plan, files.run, found.run_id, cluster, time, term.number)
+        self.placed = moves.placed(plan, found)
+        self.steps = SimSteps(self.placed, files.run, found.run_id, cluster, time, term.number)
         self.probing = Probing(plan, cluster, time, self._probed)
         self._ports: dict[str, tuple[float, tuple[str, ...] | None]] = {}
+        self._reach: dict[str, _Reach] = {}
+        self._said: dict[str, NodeWord] = {}
+        self._said_at: float | None = None
+        self._nodes: tuple[NodeObservation, ...] = ()
         self._asked: dict[str, float] = {}
         self._under_way: set[str] = set()
         self._listing: Listing | None = None
@@ -269,6 +276,11 @@ class Coordinator:
         if self.state is not decision.state:
             self.poke(self.journal.due_at + 0.001)
             return
+        if self.state.groups is not before.groups and any(
+            new.places is not old.places for old, new in zip(before.groups, self.state.groups, strict=True)
+        ):
+            self.placed = moves.placed(self.plan, self.state)
+            self.steps.replan(self.placed)
         self._watch.committed(before, obs, decision)
         self._heeded.update(r.id for r in requests)
         self._pass("heeded")
@@ -355,6 +367,7 @@ class Coordinator:
             now=now,
             wall=WALL + now,
             groups=tuple(groups),
+            nodes=self._nodes,
             listing=self._listing,
             listing_failed_at=self._listing_failed_at,
             job=self._job,
@@ -366,6 +379,7 @@ class Coordinator:
 
     def _act(self, action: Action) -> None:
         if isinstance(action, CancelLost):
+            self._watch.acts(self, action, None)
             self._begin("cancel", 0.0, self._cancel)
             return
         check = self._ports.get(action.group)
@@ -385,13 +399,15 @@ class Coordinator:
                 every = Cancel(group=g.id, incarnation=g.incarnation, nodes=tuple(s.node for s in g.steps))
                 refs: list[StepRef] = self.steps.refs(every)
                 held += [step for step, _ in zip(self.steps.held(every), refs, strict=True)]
+        lost = {s.name for s in self.state.lost_steps if s.cancel_sent_at is not None}
+        held += [s for s in self._cluster.steps if s.name in lost and s.listed]
         if held:
             self._cluster.cancel(held)
 
     def _targets(self) -> dict[ProbeKey, str]:
         targets = {}
         for g in self.state.groups:
-            group = self.plan.group(g.id)
+            group = self.placed.group(g.id)
             if g.phase in ALIVE:
                 for member in group.entrypoints:
                     targets[ProbeKey(g.id, g.incarnation, member.rank)] = "liveness"
@@ -413,6 +429,10 @@ class Coordinator:
             self._ask("listing", self._list)
         if decision.wants.job or audit:
             self._ask("job", self._look_at_job)
+        if decision.wants.nodes or audit:
+            self._ask("nodes", self._ask_of_nodes)
+        if decision.wants.reach:
+            self._try_nodes(decision.wants.reach)
 
     def _ask(self, name: str, question: Callable[[], None]) -> None:
         now = self._time.now
@@ -465,8 +485,65 @@ class Coordinator:
 
         self._begin("job", delay_s, done)
 
+    def _ask_of_nodes(self) -> None:
+        asked_at = self._time.now
+        known, delay_s = self._cluster.look_at_nodes()
+
+        def done() -> None:
+            if known is None:
+                self._listing_failed_at = self._time.now
+            else:
+                self._said, self._said_at = known, asked_at
+                self._observe_nodes()
+
+        self._begin("nodes", delay_s, done)
+
+    def _try_nodes(self, names: Sequence[str]) -> None:
+        """As the real one, but it wakes nobody where all is as it was: `decide` names the moment of the next look."""
+        if "reach" in self._under_way:
+            return
+        for name in [n for n in self._reach if n not in names]:
+            del self._reach[name]
+        late = any(self._cluster.reaches(n) is False for n in names)
+
+        def done() -> None:
+            if not self.alive:
+                self._under_way.discard("reach")
+                return
+            now = self._time.now
+            if self.paused:
+                self._time.after(1.0, done)
+                return
+            changed = False
+            for name in names:
+                known = self._reach.setdefault(name, _Reach())
+                before = known.answered_at is not None, known.silent_s > 0
+                known.note(self._cluster.reaches(name), now)
+                changed |= before != (known.answered_at is not None, known.silent_s > 0)
+            self._observe_nodes()
+            self._time.after(REACH_PERIOD_S, lambda: self._under_way.discard("reach"))
+            if changed:
+                self.poke(now)
+
+        self._under_way.add("reach")
+        self._time.after(REACH_TIMEOUT_S if late else 0.002, done)
+
+    def _observe_nodes(self) -> None:
+        nowhere = _Reach()
+        self._nodes = tuple(
+            NodeObservation(
+                name=name,
+                answered_at=(reach := self._reach.get(name, nowhere)).answered_at,
+                silent_s=reach.silent_s,
+                word=self._said.get(name, NodeWord.UNKNOWN),
+                reason="as Slurm says" if name in self._said else "",
+                asked_at=self._said_at if name in self._said else None,
+            )
+            for name in dict.fromkeys((*self._reach, *self._said))
+        )
+
     def _check_ports(self, group_id: str) -> None:
-        g, group = self.state.group(group_id), self.plan.group(group_id)
+        g, group = self.state.group(group_id), self.placed.group(group_id)
         late = any(self._cluster.unreachable(n) for n in group.nodes)
 
         def done() -> None:

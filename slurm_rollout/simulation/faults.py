@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slurm_rollout.core.model import Request
+from slurm_rollout.core.plan import GroupPlan
 from slurm_rollout.simulation.cluster import NODE_DOWN_S
 from slurm_rollout.simulation.coordinator import POINTS
 from slurm_rollout.simulation.parts import Engine, Incarnation, Step
@@ -43,6 +44,9 @@ class Kind:
     least_s: float = 0.0
     most_s: float = 0.0
 
+
+MOMENTS = ("stopping", "verdict", "moved", "starting", "pending", "ready")
+"""When a node comes back that was cut off (`Fleet.cut_until`)."""
 
 KINDS: dict[str, Kind] = {}
 """What happens to fleets; what happens to their trainers is in `trainer_faults`."""
@@ -104,9 +108,19 @@ def engine_of(fleet: Fleet, fault: Fault) -> Engine | None:
     return living[int(fault.which * len(living))] if living else None
 
 
+def placed(fleet: Fleet, fault: Fault) -> GroupPlan:
+    """Return the group where it was started last."""
+    found = newest(fleet, fault)
+    return fleet.plan.group(group_of(fleet, fault)) if found is None else found.plan
+
+
 def node_of(fleet: Fleet, fault: Fault) -> str:
-    nodes = fleet.plan.group(group_of(fleet, fault)).nodes
+    nodes = placed(fleet, fault).nodes
     return nodes[int(fault.which * len(nodes))]
+
+
+def any_node(fleet: Fleet, fault: Fault) -> str:
+    return fleet.plan.nodes[int(fault.where * len(fleet.plan.nodes))]
 
 
 def step_of(fleet: Fleet, fault: Fault) -> Step | None:
@@ -171,6 +185,8 @@ def engine_cannot_die(fleet: Fleet, fault: Fault) -> None:
     if (engine := engine_of(fleet, fault)) is not None:
         engine.frozen = True
         engine.unkillable_until = fleet.time.now + fault.for_s
+        node = fleet.cluster.nodes[engine.member.node]
+        node.unkillable_until = max(node.unkillable_until, engine.unkillable_until)
         engine.incarnation.hurt("hung", fleet.time.now)
         fleet.cluster.changed(engine.incarnation)
 
@@ -254,7 +270,36 @@ def nodes_are_cut_off(fleet: Fleet, fault: Fault) -> None:
         fleet.cluster.cut(name, fault.for_s)
 
 
-@kind(0.15)
+@kind(1, 5, 290)
+def any_node_is_cut_off(fleet: Fleet, fault: Fault) -> None:
+    """Also one that is spare, or that a group left."""
+    fleet.cluster.cut(any_node(fleet, fault), fault.for_s)
+
+
+@kind(3, 0.05, 30)
+def node_comes_back_just_then(fleet: Fleet, fault: Fault) -> None:
+    """It is cut off, and back at a bad moment: while its group is stopped, at the verdict, after the move."""
+    at = fault.which * len(MOMENTS)
+    nodes = placed(fleet, fault).nodes
+    fleet.cut_until(nodes[int(at % 1 * len(nodes))], group_of(fleet, fault), MOMENTS[int(at)], fault.for_s)
+
+
+@kind(1.5, 20, 600)
+def node_is_sick(fleet: Fleet, fault: Fault) -> None:
+    """Whatever is started there fails; what runs there goes on."""
+    node = fleet.cluster.nodes[node_of(fleet, fault)]
+    node.sick_until = fleet.time.now + fault.for_s
+    node.sickness = ("srun", "gpu_memory", "exec_failed")[int(fault.which * 3)]
+
+
+@kind(1, 30, 1500)
+def slurm_drains_a_node(fleet: Fleet, fault: Fault) -> None:
+    node = fleet.cluster.nodes[any_node(fleet, fault)]
+    node.draining = "maintenance"
+    fleet.time.after(fault.for_s, lambda: setattr(node, "draining", ""))
+
+
+@kind(0.3)
 def node_is_lost(fleet: Fleet, fault: Fault) -> None:
     name = node_of(fleet, fault)
     if fault.for_s == 0.0 and fault.which < 0.5:
@@ -281,7 +326,7 @@ def gpu_memory_stays(fleet: Fleet, fault: Fault) -> None:
 @kind(2, 5, 300)
 def stranger_takes_a_port(fleet: Fleet, fault: Fault) -> None:
     """As soon as the port is free."""
-    group = fleet.plan.group(group_of(fleet, fault))
+    group = placed(fleet, fault)
     member = group.members[int(fault.which * len(group.members))]
     node = fleet.cluster.nodes[member.node]
     node.strangers[member.ports["http"]] = fleet.time.now + fault.for_s
@@ -384,6 +429,17 @@ def operator_restarts(fleet: Fleet, fault: Fault) -> None:
 @kind(1)
 def operator_drains(fleet: Fleet, fault: Fault) -> None:
     fleet.ask("drain", group_of(fleet, fault), delay_s=fault.which * 5)
+
+
+@kind(0.7)
+def operator_drains_a_node(fleet: Fleet, fault: Fault) -> None:
+    fleet.ask("drain", any_node(fleet, fault), delay_s=fault.which * 5)
+
+
+@kind(1)
+def operator_resumes_nodes(fleet: Fleet, fault: Fault) -> None:
+    chosen = fleet.plan.nodes[int(fault.where * len(fleet.plan.nodes)) :]
+    fleet.ask("resume", *chosen, delay_s=fault.which * 5)
 
 
 @kind(2)

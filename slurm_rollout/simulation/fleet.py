@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from slurm_rollout.barrier import Barrier, BarrierError, CoordinatorLost, FleetFailed
+from slurm_rollout.core import moves
 from slurm_rollout.core.bounds import recovery_bound
-from slurm_rollout.core.model import Action, Decision, Observation, RunState
-from slurm_rollout.core.phases import Phase, PoolPhase
+from slurm_rollout.core.model import Action, Decision, Exclusion, Observation, RunState
+from slurm_rollout.core.phases import Phase, PoolPhase, Reason
+from slurm_rollout.core.plan import FleetPlan, GroupPlan
 from slurm_rollout.core.pools import serves
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.simulation import faults as fault_kinds
 from slurm_rollout.simulation.broken import Broken
 from slurm_rollout.simulation.case import START, Case
 from slurm_rollout.simulation.clock import Chance, Timeline
-from slurm_rollout.simulation.cluster import Cluster
+from slurm_rollout.simulation.cluster import NODE_DOWN_S, Cluster
 from slurm_rollout.simulation.coordinator import Coordinator, Term
 from slurm_rollout.simulation.faults import Fault
 from slurm_rollout.simulation.files import SharedFiles
@@ -72,6 +74,7 @@ class Fleet:
         self._reader_epoch = (0, 0, 0)
         self._groups_shown: list[dict[str, Any]] = []
         self._ups = 0
+        self._returns: list[tuple[str, str, str, float]] = []  # node, group, moment, and how long after it
         self.files.clients.on_words = self._on_words
         self.files.clients.on_acks = self._on_acks
         self.cluster.on_listening = self.local.listens
@@ -147,6 +150,29 @@ class Fleet:
         for action in decision.actions:
             self.note("   ->", action)
         self.checker.committed(before, obs, decision)
+        if self._returns:
+            self._bring_back(decision.state)
+
+    def cut_until(self, node: str, group: str, moment: str, after_s: float) -> None:
+        """Cut a node off until so long after a moment of the group that was on it; in time for Slurm, in any case."""
+        self.cluster.cut(node, NODE_DOWN_S - 10.0)
+        self._returns.append((node, group, moment, after_s))
+
+    def _bring_back(self, run: RunState) -> None:
+        for entry in list(self._returns):
+            node, group, moment, after_s = entry
+            g, excluded = run.group(group), bool(run.node(node).excluded)
+            come = {
+                "stopping": g.phase is Phase.STOPPING and g.stop_sent_at is not None,
+                "verdict": excluded,
+                "moved": excluded and bool(g.places) and node not in {p.node for p in g.places},
+                "starting": excluded and g.phase is Phase.STARTING,
+                "pending": g.phase is Phase.PENDING and g.reason is Reason.NO_NODE,
+                "ready": excluded and g.phase is Phase.READY,
+            }[moment]
+            if come:
+                self._returns.remove(entry)
+                self.time.after(after_s, lambda n=node: self.cluster.rejoin(n))  # type: ignore[misc]
 
     def _note_use(self, group: str) -> None:
         """Count the time in which a group is offered to the trainer, and works: a hang that nobody saw is lost."""
@@ -254,6 +280,7 @@ class Fleet:
         for client in self.clients:
             client.kill()
         left = [s for s in self.cluster.steps if s.goes_on and not self.cluster.unreachable(s.key.node)]
+        left = [s for s in left if not self.checker.nodes.is_left(s)]
         if how == "drained" and any(s.term == self.checker.lease for s in left):
             raise Broken(6, f"drained, and {left[0].name} lives")
         for step in left:
@@ -362,6 +389,7 @@ class Fleet:
         now = self.time.now
         if self.coordinator is not None:
             self.checker.trainer.look(self.coordinator.state, self.unwell_at)
+            self.checker.nodes.look(self.unwell_at)
         try:
             state = self._trainer.wait_ready(timeout=0.0)
         except FleetFailed:
@@ -409,8 +437,11 @@ class Fleet:
             self._count_ready()
             return
         self._make_peace()
-        self._all_become_ready()
-        self._end()
+        if self._is_doomed():
+            self._says_that_it_failed()
+        else:
+            self._all_become_ready()
+            self._end()
 
     def _happen(self, fault: Fault) -> None:
         if not self.peace:
@@ -431,7 +462,7 @@ class Fleet:
         for node in cluster.nodes.values():
             if node.cut:
                 cluster.rejoin(node.name)
-            node.deaf_until = node.late_until = node.gpu_stuck_until = 0.0
+            node.deaf_until = node.late_until = node.gpu_stuck_until = node.sick_until = 0.0
             node.strangers.clear()
         for step in cluster.steps:
             cluster.relink(step)
@@ -448,7 +479,10 @@ class Fleet:
     def _all_become_ready(self) -> None:
         """10: within the bound that `plan` prints; what was drained or is failed, after it is asked to come back."""
         time = self.time
-        time.run(time.now + 400.0, lambda: self._is_steady())
+        time.run(time.now + 400.0, lambda: self._is_steady() or self._is_doomed())
+        if self._is_doomed():  # its nodes are gone, and that is seen only now
+            self._says_that_it_failed()
+            return
         if self.cluster.job_ending and not self._ended:
             time.run(time.now + 100.0)
         if not self._is_steady():
@@ -461,11 +495,23 @@ class Fleet:
             time.run(min(time.now + 5.0, deadline))
             if self.coordinator is None:
                 continue
+            if self.coordinator.state.ending and self._is_doomed():
+                self._says_that_it_failed()
+                return
             if self.coordinator.state.ending:
                 raise Broken(9, "the run ends, and nobody asked for it")
             down = [g.id for g in self.coordinator.state.groups if g.phase in (Phase.FAILED, Phase.STOPPED)]
             # A second time: a failure of before the peace may be seen only now.
             wanted = [g for g in down if not self._is_hopeless(g) and asked.get(g, 0) < 2]
+            waiting = any(g.reason is Reason.NO_NODE for g in self.coordinator.state.groups)
+            barred = [
+                n.name for n in self.coordinator.state.nodes if n.excluded in (Exclusion.DRAINED, Exclusion.FAILING)
+            ]
+            barred = [n for n in barred if waiting and asked.get(n, 0) < 2 and not self.cluster.nodes[n].lost]
+            if barred:
+                self.ask("resume", *barred)
+                asked.update({n: asked.get(n, 0) + 1 for n in barred})
+                deadline = time.now + self._patience_s()
             if wanted:
                 self.ask("resume", *wanted)
                 asked.update({g: asked.get(g, 0) + 1 for g in wanted})
@@ -500,7 +546,42 @@ class Fleet:
         return bound.total_s + bound.backoff_s + extra_s + PEACE_MARGIN_S
 
     def _is_hopeless(self, group: str) -> bool:
-        return any(self.cluster.nodes[n].lost for n in self.plan.group(group).nodes)
+        """Tell whether nodes of it are gone for good, or were taken from it, and there are no others for it."""
+        assert self.coordinator is not None
+        unused = (Exclusion.DRAINED, Exclusion.FAILING)
+        barred = {n.name for n in self.coordinator.state.nodes if n.excluded in unused}
+        return self._lacks_nodes(self.coordinator.placed, group, barred)
+
+    def _lacks_nodes(self, placed: FleetPlan, group: str, barred: set[str]) -> bool:
+        barred = barred | {n.name for n in self.cluster.nodes.values() if n.lost}
+        mine = placed.group(group)
+        needs = [n for n in mine.nodes if n in barred]
+        free = [n for n in self.plan.nodes if n not in barred and n not in mine.nodes]
+        return len(needs) > sum(self._has_room(placed.groups, mine, n) for n in free)
+
+    def _is_doomed(self) -> bool:
+        """Tell whether nodes are gone for good, without which a pool cannot come back."""
+        if self.files.state is None or not any(n.lost for n in self.cluster.nodes.values()):
+            return False
+        placed = moves.placed(self.plan, self.files.state)
+        return any(
+            sum(not self._lacks_nodes(placed, g.id, set()) for g in pool.groups) < pool.min_ready
+            for pool in self.plan.pools
+        )
+
+    def _says_that_it_failed(self) -> None:
+        """9: nobody is left waiting for a fleet whose nodes are gone."""
+        self.time.run(self.time.now + self._patience_s(), lambda: self.first_failed_at is not None)
+        if self.first_failed_at is None:
+            raise Broken(9, "nodes are gone without which a pool cannot come back, and nobody says so")
+        self._ended = True
+        self._count_ready()
+
+    def _has_room(self, groups: tuple[GroupPlan, ...], mine: GroupPlan, node: str) -> bool:
+        others = [g for g in groups if g.id != mine.id and node in g.nodes]
+        gpus = {gpu for g in others for m in g.on(node) for gpu in m.gpus}
+        shares = mine.shares_nodes and all(g.shares_nodes for g in others)
+        return not others or (shares and gpus.isdisjoint(mine.leader.gpus))
 
     def _all_ready(self) -> bool:
         mine = self.coordinator
@@ -517,6 +598,8 @@ class Fleet:
 
     def _end(self) -> None:
         """The run, or the job, ends: nothing is left, nothing is charged."""
+        if self._ended:
+            return
         assert self.coordinator is not None
         self._ended = True
         mine, ended_at = self.coordinator, self.time.now

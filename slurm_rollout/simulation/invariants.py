@@ -16,6 +16,7 @@ from slurm_rollout.core.group import BLIND_ECHO_S
 from slurm_rollout.core.model import (
     Action,
     Cancel,
+    CancelLost,
     Decision,
     Event,
     Go,
@@ -30,6 +31,7 @@ from slurm_rollout.core.plan import FleetPlan, PoolPlan
 from slurm_rollout.simulation.broken import Broken
 from slurm_rollout.simulation.clock import Timeline
 from slurm_rollout.simulation.cluster import Cluster
+from slurm_rollout.simulation.node_invariants import NodeChecker
 from slurm_rollout.simulation.parts import Engine, Step
 from slurm_rollout.simulation.trainer_invariants import TrainerChecker
 
@@ -70,6 +72,7 @@ class Checker:
     ) -> None:
         self.plan = plan
         self.trainer = TrainerChecker(plan, files, time, clients)
+        self.nodes = NodeChecker(plan, cluster, time)
         self.cluster = cluster
         self.files = files
         self.time = time
@@ -100,7 +103,7 @@ class Checker:
         if not holds_lease:
             return  # a deed that was journalled before the takeover; the agents' claims and fences end it
         for other in self.cluster.steps:
-            if other is step or other.key.group != key.group or self._is_away(other.key.node):
+            if other is step or other.key.group != key.group or self.nodes.is_left(other):
                 continue
             same = other.key.incarnation == key.incarnation and other.key.sweep == key.sweep
             if other.goes_on and not same and other.term == self.lease and not other.key.sweep:
@@ -108,13 +111,15 @@ class Checker:
         if key.sweep:
             return
         self.trainer.launched(step)
-        for member in self.plan.group(key.group).members:
+        self.nodes.launched(step)
+        for member in step.plan.members:
+            ports = set(member.ports.values())
             node = self.cluster.nodes[member.node]
             for engine in node.engines:
                 older = engine.incarnation.plan.id == key.group and engine.incarnation.number < key.incarnation
                 looked_at = now - MARGIN_S
                 seen = not self._is_away(node.name) and looked_at > max(node.back_at, self.cluster.batch_host_cut_until)
-                if older and engine.listens and seen:
+                if older and engine.listens and seen and set(engine.member.ports.values()) & ports:
                     raise Broken(
                         2,
                         f"{step.name} is launched while a port of incarnation {engine.incarnation.number} still "
@@ -126,17 +131,23 @@ class Checker:
         mine = engine.incarnation
         if (step := mine.steps.get(engine.member.node)) is not None and step.term == self.lease:
             self.trainer.engine_starts(step)
+            self.nodes.engine_starts(engine)
         unfenced = [n for n in mine.plan.nodes if mine.steps.get(n) is None or not mine.steps[n].was_fenced]
         if unfenced:
             raise Broken(2, f"{mine.id} rank {engine.member.rank} starts, but {unfenced} are not fenced")
         for node in self.cluster.nodes.values():
-            if self._is_away(node.name):
-                continue
             for other in node.engines:
                 if other.incarnation is not mine and other.incarnation.plan.id == mine.plan.id:
+                    held = other.incarnation.steps.get(node.name)
+                    if held is not None and (self.nodes.is_left(held) or self._is_beyond(held)):
+                        continue
                     raise Broken(
                         1, f"{mine.id} starts, and incarnation {other.incarnation.number} lives on {node.name}"
                     )
+
+    def _is_beyond(self, step: Step) -> bool:
+        """Tell whether it is on a node that is away, and none of this coordinator's, or forgotten by Slurm."""
+        return self._is_away(step.key.node) and (step.term != self.lease or not step.goes_on)
 
     def _is_away(self, name: str) -> bool:
         node = self.cluster.nodes[name]
@@ -161,10 +172,12 @@ class Checker:
                 if seen is None or seen.ports_open is None:
                     raise Broken(7, f"{action.group} is launched, and nobody looked at its ports")
         self.trainer.decided(before, obs, decision)
+        self.nodes.decided(decision)
 
     def committed(self, before: RunState, obs: Observation, decision: Decision) -> None:
         """It is written down, so it is so."""
         self.trainer.committed(before, obs, decision)
+        self.nodes.committed(before, obs, decision)
         for old, new in zip(before.groups, decision.state.groups, strict=True):
             if old.phase is not new.phase and new.phase in (Phase.FAILED, Phase.STOPPED):
                 self._rests(new)
@@ -178,7 +191,8 @@ class Checker:
     def _rests(self, g: GroupState) -> None:
         """6: what has failed or was drained left nothing behind."""
         for step in self.cluster.steps:
-            if step.key.group == g.id and step.goes_on and not self._is_away(step.key.node) and step.term == self.lease:
+            mine = step.key.group == g.id and step.term == self.lease and step.goes_on
+            if mine and not self._is_away(step.key.node) and not self.nodes.is_left(step):
                 raise Broken(6, f"{g.id} is {g.phase}, and {step.name} lives")
 
     def _book(self, old: GroupState, new: GroupState, obs: Observation, decision: Decision) -> None:
@@ -193,6 +207,8 @@ class Checker:
             and obs.listing_failed_at >= new.failure.at - BLIND_ECHO_S
         )
         if old.phase is Phase.STOPPING and new.phase is not Phase.STOPPING and excused:
+            ledger.pending = None
+        if new.node_failures > old.node_failures:
             ledger.pending = None
         for event in decision.events:
             if event.group != new.id:
@@ -209,12 +225,16 @@ class Checker:
                 full = new.failure.kind is FailureClass.DISK_FULL
                 if full and charged:
                     raise Broken(8, f"{new.id} is charged for a full disk")
-                if not (charged or full) and new.failure.reason not in UNCHARGED:
+                lost = new.node_failures > old.node_failures
+                if not (charged or full or lost) and new.failure.reason not in UNCHARGED:
                     raise Broken(8, f"{new.id}: {event.reason} is not charged")
                 ledger.pending = (kind, now) if charged else None
                 if new.goes_to is Phase.FAILED:
                     self._is_spent(new, ledger, kind)
             elif event.type == "launching":
+                lost = new.failure is not None and new.failure.reason is Reason.NODE_LOST
+                if lost and new.failure.at in (*new.runtime_failures, *new.start_failures):  # type: ignore[union-attr]
+                    raise Broken(8, f"{new.id} was charged for a lost node")
                 if ledger.pending is not None:
                     self._charge(ledger)
                 self._may_launch(new, ledger, policy)
@@ -303,6 +323,7 @@ class Checker:
         for group in document["groups"]:
             if group["urls"] or group["serving"]:
                 self._is_proved(group)
+                self.nodes.wrote(group)
             if group["serving"] and not group["urls"]:
                 raise Broken(3, f"{group['id']} serves, and has no URL")
             self._has_changed(group, epoch)
@@ -343,7 +364,7 @@ class Checker:
         """3 and 7: URLs leave the file first; nothing starts that could not be written down."""
         if isinstance(action, Launch) and coordinator.journal.blocked:
             raise Broken(7, f"{action.group} is launched, and the barrier cannot be written")
-        if isinstance(action, Go):
+        if isinstance(action, Go | CancelLost):
             return
         stale = coordinator.term.number != self.lease
         if stale and not coordinator.late_deeds:
@@ -360,6 +381,7 @@ class Checker:
         if state.epoch < found.epoch or state.term <= found.term:
             raise Broken(4, f"takeover: epoch {found.epoch} -> {state.epoch}, term {found.term} -> {state.term}")
         self.trainer.took_over(found, state, another_up=another_up)
+        self.nodes.took_over(found, state)
         for g in found.groups:
             after = state.group(g.id)
             if after.incarnation < g.incarnation:

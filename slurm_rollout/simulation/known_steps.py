@@ -29,7 +29,7 @@ class SimSteps(Steps):
         for node in action.nodes:
             key = Key(action.group, action.incarnation, node, action.sweep)
             self._steps[key] = step = self._new(key)
-            self._take(step, self._cluster.launch(key, self._term))
+            self._take(step, self._cluster.launch(key, self._plan, self._term))
             self._seen.pop((key.group, key.incarnation), None)
 
     def adopt(self, state: RunState, exits: Mapping[tuple[int, int], int]) -> None:

@@ -71,8 +71,11 @@ class Incarnation:
 class Step:
     """One srun and what it started."""
 
-    def __init__(self, key: Key, name: str, pid: int, term: int, incarnation: Incarnation, now: float) -> None:
+    def __init__(
+        self, key: Key, plan: GroupPlan, name: str, pid: int, term: int, incarnation: Incarnation, now: float
+    ) -> None:
         self.key = key
+        self.plan = plan  # as its group stood when it was launched: a sweep's may be another than its incarnation's
         self.name = name
         self.pid = pid
         self.term = term
@@ -111,8 +114,15 @@ class Step:
 class Node:
     name: str
     cut: bool = False  # off the network; what runs there goes on
+    cut_at: float = 0.0
     lost: bool = False  # Slurm gave it up: no step of this job starts there again
-    back_at: float = 0.0
+    lost_at: float = 0.0
+    back_at: float = float("-inf")
+    draining: str = ""  # Slurm's reason
+    sick_until: float = 0.0  # whatever is started there fails
+    sickness: str = ""  # how
+    sick_at: float = float("-inf")  # it was last
+    unkillable_until: float = 0.0  # of any process there, also of one that is gone
     deaf_until: float = 0.0  # agents there hear no signal
     late_until: float = 0.0  # signals take seconds
     gpu_stuck_until: float = 0.0
