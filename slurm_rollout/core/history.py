@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slurm_rollout.core.failure_classes import of_wish
+from slurm_rollout.core.failure_classes import FailureClass, of_wish
+from slurm_rollout.core.phases import Reason
 from slurm_rollout.core.srun_words import last_words
 
 UNSEEN = "unseen"
@@ -179,8 +180,8 @@ class _History:
                 self._recovered(new, at, _number(data.get("recovery_s")))
             case "ready" if "start_s" not in data:  # after `unready`
                 self._note(at, "ready", message)
-            case "failure" if event.get("reason") == "port_busy" and not event.get("node"):
-                # Of no node: nothing of this incarnation lives, it is the fence before the next one that failed.
+            case "failure" if event.get("reason") == "port_busy" and (old.end is not None or old.launched_at is None):
+                # Nothing of this incarnation lives: it is the fence before the next one that failed.
                 self._note(at, "fence_failed", message)
             case "failure" if old.end is None:
                 end = End(
@@ -198,8 +199,10 @@ class _History:
                 self.found[n] = replace(old, end=replace(old.end, snapshot_s=_number(data.get("snapshot_s"))))
             case "stopped":
                 stop_s = _number(data.get("stop_s"))
+                lost = event.get("reason") == Reason.NODE_LOST
                 end = old.end or self._wanted(round(at - (stop_s or 0.0), 3), _text(event.get("reason")))
-                self.found[n] = replace(old, end=replace(end, stopped_at=at, stop_s=stop_s))
+                kind = FailureClass.NODE.value if lost else end.kind
+                self.found[n] = replace(old, end=replace(end, kind=kind, stopped_at=at, stop_s=stop_s))
                 self._asked = "", ""
             case "fenced" if old.end is not None:
                 self.found[n] = replace(old, end=replace(old.end, fence_s=_number(data.get("fence_s"))))
