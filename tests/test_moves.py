@@ -338,6 +338,18 @@ def test_a_gpu_that_breaks_has_its_node_excluded_at_once_and_is_charged_to_nobod
     assert w.state.group("actor/0").node_failures == 1
 
 
+def test_a_gpu_that_the_fence_finds_lost_has_its_node_excluded_at_once() -> None:
+    w = new(restart=RestartPolicy(max_start_failures=0))
+    w.kill("actor/0", 1)
+    w.heal(lambda: w.state.group("actor/0").phase is P.STARTING)
+    record = ExitRecord(cause="gpu_memory", message="GPU 3: GPU is lost", hardware="nvidia-smi says: GPU is lost")
+    w.change("actor/0", "n1", spoke=True, exit=record, process=Process.EXITED, exited_at=w.now, exit_code=83)
+    w.tick()
+    assert w.state.node("n1").excluded is Exclusion.FAILING
+    w.heal(lambda: w.state.group("actor/0").phase is P.READY)
+    assert w.state.group("actor/0").start_failures == ()
+
+
 def test_a_gpu_that_breaks_where_there_is_no_other_node_is_tried_again_within_the_budget() -> None:
     w = new(spares=0, restart=RestartPolicy(max_restarts=1))
     for incarnation in (2, 3):

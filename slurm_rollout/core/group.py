@@ -181,10 +181,10 @@ def fail(ctx: Context, g: GroupState, failure: Failure, out: Out, *, charged: bo
         )
     )
     if charged and failure.node and failure.kind in (FailureClass.STARTUP, FailureClass.NODE):
-        if failure.reason in _OF_THE_NODE:
-            out.failed_on.append(failure.node)
-        elif failure.kind is FailureClass.NODE and failure.reason is Reason.ENGINE_EXITED:
+        if failure.kind is FailureClass.NODE and failure.reason in (Reason.ENGINE_EXITED, Reason.GPU_MEMORY):
             out.broken.append(failure.node)
+        elif failure.reason in _OF_THE_NODE:
+            out.failed_on.append(failure.node)
     g = replace(
         g,
         failure=failure,
