@@ -80,6 +80,7 @@ class GroupState:
     slow: bool = False  # answers late, progresses: an event, never a restart
     weights_version: int | None = None  # that the trainer acknowledged for this incarnation
     changed: int = 0  # the epoch in which an incarnation of it last came or went
+    start_s: float | None = None  # from its last launch that led to ready until then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +270,8 @@ class Observation:
     requests: tuple[Request, ...] = ()
     clients: tuple[ClientWords, ...] = ()
     stop_signal: bool = False
+    end_is_near: bool = False  # the signal to stop was a warning that Slurm sends before it ends the job
+    job_ends_at: float | None = None  # by the time limit, as it was known last; None: unknown, or it has no end
 
     def group(self, group_id: str) -> GroupObservation | None:
         return next((g for g in self.groups if g.id == group_id), None)

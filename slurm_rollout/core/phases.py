@@ -55,6 +55,7 @@ class Reason(StrEnum):
     JOB_ENDING = "job_ending"
     TAKEOVER = "takeover"  # a start that a coordinator's death interrupted before it was complete
     BUDGET_SPENT = "budget_spent"
+    TIME_LEFT = "time_left"  # the job ends before a start could be ready
 
 
 P = Phase
