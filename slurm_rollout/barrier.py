@@ -183,7 +183,10 @@ class CoordinatorLost(BarrierError):
 
 
 class FleetFailed(BarrierError):
-    """The fleet will not come back; `reason` is one word, `stopped` when it was ended on purpose."""
+    """The fleet will not come back; `reason` is one word.
+
+    `stopped`: it was ended on purpose, or with its job. `time_left`: the job ends before enough groups could be ready.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)
@@ -655,7 +658,8 @@ class Barrier:
         )
 
     def _fleet_failed(self, state: State, asked: str) -> FleetFailed:
-        reason = "stopped" if state.phase == "stopped" else state.reason or "failed"
+        ended = state.phase == "stopped" and state.reason != "time_left"
+        reason = "stopped" if ended else state.reason or "failed"
         return FleetFailed(
             reason,
             f"{asked}the fleet will not come back: {self._describe(state)} Save and end the trainer; "

@@ -190,7 +190,7 @@ def without_place(run: RunDir, plan: FleetPlan, *, job: str, restart_count: int)
 
 
 def _fresh(g: GroupState) -> GroupState:
-    return GroupState(id=g.id, incarnation=g.incarnation, restarts=g.restarts, changed=g.changed)
+    return GroupState(id=g.id, incarnation=g.incarnation, restarts=g.restarts, changed=g.changed, start_s=g.start_s)
 
 
 def _begin_again(g: GroupState) -> GroupState:
