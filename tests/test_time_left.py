@@ -61,8 +61,9 @@ def test_what_a_start_took_is_measured_from_its_launch_until_it_was_ready_and_ke
     w.heal(lambda: w.group().phase is P.STARTING)
     assert w.group().start_s == start_s, "until the next one is ready"
     w.make_ready()
-    assert w.group().start_s is not None
-    assert w.group().start_s < start_s
+    again_s = w.group().start_s
+    assert again_s is not None
+    assert again_s < start_s
 
 
 @pytest.mark.parametrize(("left_s", "late"), [(0.0, True), (49.9, True), (50.0, False), (3600.0, False)])
@@ -161,7 +162,7 @@ def test_a_pool_that_is_below_min_ready_for_want_of_time_is_stopped_and_comes_ba
     assert not w.state.ending
     ends_in(w, 3600)
     w.make_ready()
-    assert w.state.phase is PoolPhase.READY
+    assert document(w)["phase"] == "ready"
     assert document(w)["reason"] == ""
 
 
