@@ -179,7 +179,9 @@ class Supervisor:
         self._end_by = time.monotonic() + drain_bound_s(self._plan)
         self._restart_at = 0.0
         if self._trainer is not None and self._trainer_code is None:
-            self._signal_trainer(signal.Signals[f"SIG{self._plan.trainer.signal}"])
+            # With TERM, Slurm has sent it to the tasks of the trainer's srun itself: another one on top would end them.
+            wanted = "TERM" if self._terminated else self._plan.trainer.signal
+            self._signal_trainer(signal.Signals[f"SIG{wanted}"])
             self._kill_trainer_at = time.monotonic() + self._plan.trainer.grace_s
 
     def _tell_coordinator(self) -> None:

@@ -367,7 +367,7 @@ def test_75_says_that_the_jobs_end_ended_it_and_only_a_warned_job_requeues_itsel
     up.process.send_signal(number)
     again = requeue != "no" and number != signal.SIGINT
     assert up.code() == (75 if again else code)
-    assert (up.run.path / "saved").read_text() == "SIGUSR2"
+    assert (up.run.path / "saved").read_text() == ("SIGTERM" if number == signal.SIGTERM else "SIGUSR2")
     warned = number in (signal.SIGUSR1, signal.SIGUSR2)
     assert (up.run.path / "requeued").exists() == (requeue == "scontrol" and warned)
 
