@@ -94,6 +94,12 @@ class Job:
     def launched(self) -> list[tuple[str, int]]:
         return [(e["group"], e["incarnation"]) for e in self.fleet.events("launching")]
 
+    def status(self) -> str:
+        return self.cluster.run(["slurm-rollout", "status", "--run-dir=run"], check=False).stdout
+
+    def time_left_s(self) -> float:
+        return float(json.loads(self.fleet.run.status.read_text())["time_left_s"])
+
     def nothing_is_charged(self) -> None:
         """Slurm ends the steps when it tells `up`, or before: that is seen as failures, and must stay at that."""
         groups = json.loads(self.fleet.run.state.read_text())["state"]["groups"]
@@ -147,30 +153,25 @@ def test_time_that_is_too_short_for_a_start_is_told_and_more_time_brings_it_back
         j.start("--time=10")
         j.wait_trains()
         j.ends_in(50)
-        j.fleet.wait("the new limit", lambda: 0 < j_time_left(j) < 60)
+        j.fleet.wait("the new limit", lambda: 0 < j.time_left_s() < 60)
         j.fleet.kill("actor/0", 0)
         waiting = j.fleet.wait_event("waiting", "actor/0")
         assert waiting["reason"] == "time_left"
         assert "s left; a start took" in waiting["message"]
         j.fleet.wait("the barrier's word", lambda: j.fleet.barrier()["reason"] == "time_left")
         assert j.fleet.barrier()["phase"] == "ready"
-        shown = j.cluster.run(["slurm-rollout", "status", "--run-dir=run"], check=False).stdout
-        assert "ready (time_left)" in shown
-        assert "actor/0 the job had" in shown
+        j.fleet.wait("the word of `status`", lambda: "ready (time_left)" in j.status())
+        assert "actor/0 the job had" in j.status()
         j.ends_in(500)
         j.fleet.wait_serving("actor/0", 2)
         # And then the limit itself, of which nothing warned.
         j.ends_in(2)
-        j.fleet.wait("the new limit", lambda: j_time_left(j) < 10)
+        j.fleet.wait("the new limit", lambda: j.time_left_s() < 10)
         j.wait_state("TIMEOUT")
         assert j.last_words() == ("stopped", "job_ending", "ended")
         assert j.notes()[-1] == {"saved": True}, "KillWait is longer than it needs"
         assert j.launched() == [("actor/0", 1), ("actor/1", 1), ("actor/0", 2)]
         expect_no_process_left(j.cluster)
-
-
-def j_time_left(j: Job) -> float:
-    return float(json.loads(j.fleet.run.status.read_text())["time_left_s"])
 
 
 def test_a_preempted_job_ends_in_order_and_goes_on_when_it_is_let(real_slurm: None) -> None:

@@ -16,7 +16,8 @@ def requeue(job: str, *, timeout_s: float) -> bool:
     argv = ["scontrol", "requeue", job]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=timeout_s, env=env)
-        said = (done.stderr or done.stdout).strip()[-200:] if done.returncode else ""
+        words = (done.stderr or done.stdout).strip()[-200:]
+        said = (words or f"exit code {done.returncode}") if done.returncode else ""
     except OSError as e:
         said = f"scontrol could not be run: {e.strerror}"
     except subprocess.TimeoutExpired:
