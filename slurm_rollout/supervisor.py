@@ -352,7 +352,7 @@ class Supervisor:
         """Whether the spec wants `scontrol requeue`, and the job can be requeued: it has ended neither for itself nor
         for Slurm. One that somebody cancelled must not come back."""
         wanted = self._plan.slurm.requeue == "scontrol" and self._plan.backend == "slurm"
-        return wanted and self._warned and not self._terminated and self._exit_code() == REQUEUE
+        return wanted and not self._terminated and self._exit_code() == REQUEUE
 
     def _exit_code(self) -> int:
         orderly = self._failed_at is None and self._code != 1

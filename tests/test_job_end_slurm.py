@@ -92,7 +92,7 @@ class Job:
         return barrier["phase"], barrier["reason"], self.fleet.events()[-1]["type"]
 
     def launched(self) -> list[tuple[str, int]]:
-        return [(e["group"], e["incarnation"]) for e in self.fleet.events("launching")]
+        return sorted((e["group"], e["incarnation"]) for e in self.fleet.events("launching"))
 
     def status(self) -> str:
         return self.cluster.run(["slurm-rollout", "status", "--run-dir=run"], check=False).stdout
@@ -170,7 +170,7 @@ def test_time_that_is_too_short_for_a_start_is_told_and_more_time_brings_it_back
         j.wait_state("TIMEOUT")
         assert j.last_words() == ("stopped", "job_ending", "ended")
         assert j.notes()[-1] == {"saved": True}, "KillWait is longer than it needs"
-        assert j.launched() == [("actor/0", 1), ("actor/1", 1), ("actor/0", 2)]
+        assert j.launched() == [("actor/0", 1), ("actor/0", 2), ("actor/1", 1)]
         expect_no_process_left(j.cluster)
 
 
