@@ -114,8 +114,9 @@ class State(NamedTuple):
     phase: str
     """`waiting`, `needs_weights`, `ready`, `failed` or `stopped`: the worst of the pools."""
     reason: str
-    """`degraded`: ready with fewer groups than desired. This client's own, always with phase `waiting`, when
-    there is no word of the trainer's coordinator: `no_file`, `unreadable`, `outdated`, `other_job`."""
+    """`degraded`: ready with fewer groups than desired. `time_left`: what is missing would not be ready before the
+    job ends. Of `stopped`: `operator`, `run_ending`, `job_ending` too. This client's own, always with phase `waiting`,
+    when there is no word of the trainer's coordinator: `no_file`, `unreadable`, `outdated`, `other_job`."""
     message: str
     epoch: int
     """Version of the sets of (group, incarnation) that are alive and that may serve; only grows."""
