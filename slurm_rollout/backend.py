@@ -25,7 +25,7 @@ class JobFacts:
     """What the allocation's state is."""
 
     job: Job
-    time_left_s: float | None
+    time_left_s: float | None  # when it was asked; None: it does not say, or the job has no end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,18 @@ class Backend(Protocol):
     async def cancel(self, steps: Sequence[StepRef]) -> None:
         """End steps at once, all in one call where there is one."""
         ...
+
+
+def told_time_left_s(environ: Mapping[str, str], wall: float) -> float | None:
+    """Return what Slurm (23.02 and later) told the batch script when the job began; None where it told nothing.
+
+    A limit that was changed since then is not in it.
+    """
+    try:
+        end_at = float(environ["SLURM_JOB_END_TIME"])
+    except (KeyError, ValueError):
+        return None
+    return max(0.0, end_at - wall)
 
 
 def monotonic() -> float:

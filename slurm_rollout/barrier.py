@@ -114,8 +114,9 @@ class State(NamedTuple):
     phase: str
     """`waiting`, `needs_weights`, `ready`, `failed` or `stopped`: the worst of the pools."""
     reason: str
-    """`degraded`: ready with fewer groups than desired. This client's own, always with phase `waiting`, when
-    there is no word of the trainer's coordinator: `no_file`, `unreadable`, `outdated`, `other_job`."""
+    """`degraded`: ready with fewer groups than desired. `time_left`: what is missing would not be ready before the
+    job ends. Of `stopped`: `operator`, `run_ending`, `job_ending` too. This client's own, always with phase `waiting`,
+    when there is no word of the trainer's coordinator: `no_file`, `unreadable`, `outdated`, `other_job`."""
     message: str
     epoch: int
     """Version of the sets of (group, incarnation) that are alive and that may serve; only grows."""
@@ -183,7 +184,10 @@ class CoordinatorLost(BarrierError):
 
 
 class FleetFailed(BarrierError):
-    """The fleet will not come back; `reason` is one word, `stopped` when it was ended on purpose."""
+    """The fleet will not come back; `reason` is one word.
+
+    `stopped`: it was ended on purpose, or with its job. `time_left`: the job ends before enough groups could be ready.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)
@@ -655,7 +659,8 @@ class Barrier:
         )
 
     def _fleet_failed(self, state: State, asked: str) -> FleetFailed:
-        reason = "stopped" if state.phase == "stopped" else state.reason or "failed"
+        ended = state.phase == "stopped" and state.reason != "time_left"
+        reason = "stopped" if ended else state.reason or "failed"
         return FleetFailed(
             reason,
             f"{asked}the fleet will not come back: {self._describe(state)} Save and end the trainer; "

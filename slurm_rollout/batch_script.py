@@ -23,7 +23,7 @@ from slurm_rollout.spec import Spec, build_plan
 Options = dict[str, str]
 """sbatch's options by their long names, without the dashes. An empty value: the option alone."""
 
-SIGNALS_FOR_UP = ("TERM", "INT", "HUP", "CONT")
+SIGNALS_FOR_UP = ("TERM", "INT", "HUP", "CONT", "USR1", "USR2")
 """What `up` can take: it drains. Any other signal would kill it, and leave its engines behind."""
 
 # fmt: off
@@ -199,7 +199,7 @@ def _check_options(script: Script) -> None:
             raise UsageError(
                 f"--signal={signal}, from {script.source}, the options or SBATCH_SIGNAL, would harm the run: without "
                 "`B:` Slurm sends it to every step, and USR1 is what agents are told to end their engines by; "
-                f"with it, only {', '.join(SIGNALS_FOR_UP)} do not kill `up`. Say, for example, --signal=B:TERM@120"
+                f"with it, only {', '.join(SIGNALS_FOR_UP)} do not kill `up`. Say, for example, --signal=B:USR1@120"
             )
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm_rollout import proc
-from slurm_rollout.backend import Backend, JobFacts, NodeFacts, StepRef, monotonic
+from slurm_rollout.backend import Backend, NodeFacts, StepRef, monotonic, told_time_left_s
 from slurm_rollout.clients import Clients
 from slurm_rollout.core import moves
 from slurm_rollout.core.decide import decide, is_over
@@ -61,7 +61,7 @@ from slurm_rollout.probes import Key, Prober, Target
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.steps import Steps
 from slurm_rollout.store import Store, load_plan, load_state, read_requests, without_place
-from slurm_rollout.supervisor import CANNOT_START, DRAIN_MARGIN_S, GAVE_UP, SUPERSEDED, SUPERVISOR
+from slurm_rollout.supervisor import CANNOT_START, DRAIN_MARGIN_S, GAVE_UP, JOB_END, SUPERSEDED, SUPERVISOR
 
 log = logging.getLogger("slurm_rollout")
 
@@ -118,6 +118,7 @@ class Coordinator:
         *,
         first_term: int,
         drain: bool,
+        end_is_near: bool = False,
         supervisor: int = 0,
         umask: int = -1,
     ) -> None:
@@ -142,9 +143,12 @@ class Coordinator:
         self._asked: dict[str, float] = {}
         self._listing: Listing | None = None
         self._listing_failed_at: float | None = None
-        self._job = JobFacts(job=Job.UNKNOWN, time_left_s=None)
+        self._job = Job.UNKNOWN
         self._job_asked_at: float | None = None
+        self._job_ends_at: float | None = None
+        self._job_end_unasked = True
         self._stop = drain
+        self._end_is_near = end_is_near
         self._supervisor = supervisor
         self._first_term = first_term
         self._audit_at = monotonic() + plan.audit_s
@@ -156,8 +160,8 @@ class Coordinator:
     async def run(self) -> int:
         """Supervise until the run is drained; return the exit status."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_stop)
+        for number in (signal.SIGTERM, signal.SIGINT, JOB_END):
+            loop.add_signal_handler(number, self._on_stop, number)
         # Asked for only now that it can be heard: without the supervisor nobody would start the next coordinator.
         if self._supervisor and not proc.die_with_parent(signal.SIGTERM, self._supervisor):
             self._stop = True
@@ -165,6 +169,7 @@ class Coordinator:
             if not self._open():
                 return CANNOT_START
             self._steps.adopt(self._state, self._exits)
+            self._note_time_left()
             self._announce()
             return await self._loop()
         except LeaseLost as e:
@@ -194,9 +199,16 @@ class Coordinator:
             return self._stop  # what is to end is ended all the same
         return True
 
-    def _on_stop(self) -> None:
+    def _on_stop(self, number: int) -> None:
         self._stop = True
+        self._end_is_near |= number == JOB_END
         self._woken.set()
+
+    def _note_time_left(self) -> None:
+        """Take the batch script's word for the job's end, unless it may be old: then Slurm is asked once."""
+        left_s = told_time_left_s(os.environ, time.time())
+        if left_s is not None and self._state.term == self._first_term:
+            self._job_ends_at, self._job_end_unasked = monotonic() + left_s, False
 
     def _announce(self) -> None:
         adopted = sum(
@@ -246,7 +258,7 @@ class Coordinator:
         obs = self._observe([request for _, request in found])
         decision, before = decide(self._plan, self._state, obs), self._state
         if self._journal.is_due(decision, obs.now):
-            write = partial(self._journal.write, self._state, decision, obs, self._job.time_left_s)
+            write = partial(self._journal.write, self._state, decision, obs)
             self._state = await asyncio.to_thread(write)
         else:
             self._state = decision.state
@@ -298,11 +310,13 @@ class Coordinator:
             nodes=tuple(self._observe_node(name) for name in dict.fromkeys((*self._reach, *self._said))),
             listing=self._listing,
             listing_failed_at=self._listing_failed_at,
-            job=self._job.job,
+            job=self._job,
             job_asked_at=self._job_asked_at,
+            job_ends_at=self._job_ends_at,
             requests=tuple(requests),
             clients=self._words,
             stop_signal=self._stop,
+            end_is_near=self._end_is_near,
         )
 
     def _observe_node(self, name: str) -> NodeObservation:
@@ -372,7 +386,8 @@ class Coordinator:
             self._audit_at = obs.now + self._plan.audit_s
         if wants.listing or audit:
             self._ask("listing", self._list)
-        if wants.job or audit:
+        if wants.job or audit or self._job_end_unasked:
+            self._job_end_unasked = False
             self._ask("job", self._look_at_job)
         if wants.nodes or audit:
             self._ask("nodes", self._ask_of_nodes)
@@ -411,9 +426,13 @@ class Coordinator:
     async def _look_at_job(self) -> None:
         asked_at = monotonic()
         try:
-            self._job = await self._backend.job()
+            facts = await self._backend.job()
+            self._job = facts.job
+            left_s = facts.time_left_s
+            # On the monotonic clock from here on: a wall clock that jumps must neither stop nor start anything.
+            self._job_ends_at = None if left_s is None else monotonic() + left_s
         except Unobservable as e:
-            self._job = JobFacts(job=Job.UNKNOWN, time_left_s=self._job.time_left_s)
+            self._job = Job.UNKNOWN  # its end stays what it was known to be
             self._listing_failed_at = monotonic()
             log.warning("%s", e)
         self._job_asked_at = asked_at
@@ -541,6 +560,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--job", required=True)
     parser.add_argument("--restart-count", type=int, default=0)
     parser.add_argument("--drain", action="store_true", help="adopt what runs, and end it")
+    parser.add_argument("--end-is-near", action="store_true", help="with --drain: because the job's end is near")
     parser.add_argument("--first-term", type=int, required=True, help="term of this `up`'s first coordinator")
     args = parser.parse_args(argv)
     logging.raiseExceptions = False  # a log on a full disk is no reason for anything
@@ -580,6 +600,7 @@ def main(argv: list[str] | None = None) -> int:
             read_exits(run.exits),
             first_term=args.first_term,
             drain=args.drain,
+            end_is_near=args.end_is_near,
             supervisor=int(os.environ.get(SUPERVISOR, os.getppid())),
             umask=umask,
         )

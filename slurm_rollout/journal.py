@@ -66,7 +66,7 @@ class Journal:
             return True
         return bool(decision.events) or decision.state != self._journalled
 
-    def write(self, before: RunState, decision: Decision, obs: Observation, time_left_s: float | None) -> RunState:
+    def write(self, before: RunState, decision: Decision, obs: Observation) -> RunState:
         """Write down what was decided, and return what is so now.
 
         That is `decision.state`, or `before` (in another value) when it could not be written and has to be decided
@@ -79,7 +79,7 @@ class Journal:
             return replace(before, epoch=self._shown_epoch + 1 if seen else before.epoch)
         self.note(decision.events, obs.wall)
         if obs.now >= self._tell_at:
-            self._tell(decision.state, obs, time_left_s)
+            self._tell(decision.state, obs)
         return decision.state
 
     def write_last_words(self, state: RunState, now: float) -> None:
@@ -123,9 +123,9 @@ class Journal:
         self.due_at = now + self._plan.heartbeat_s
         self._status_due = True
 
-    def _tell(self, state: RunState, obs: Observation, time_left_s: float | None) -> None:
+    def _tell(self, state: RunState, obs: Observation) -> None:
         failed = None
-        for write in (self._write_events, partial(self._write_status, state, obs, time_left_s)):
+        for write in (self._write_events, partial(self._write_status, state, obs)):
             try:
                 write()
             except OSError as e:
@@ -146,7 +146,7 @@ class Journal:
             self._store.add_events(events, wall)
             del self._untold[0]
 
-    def _write_status(self, state: RunState, obs: Observation, time_left_s: float | None) -> None:
+    def _write_status(self, state: RunState, obs: Observation) -> None:
         if not self._status_due:
             return
         self._store.write_status(
@@ -157,7 +157,7 @@ class Journal:
                 wall=obs.wall,
                 host=socket.gethostname(),
                 seq=self._seq,
-                time_left_s=time_left_s,
+                time_left_s=None if obs.job_ends_at is None else round(max(0.0, obs.job_ends_at - obs.now), 1),
                 pools=pool_views(self._plan, state, obs.now),
             )
         )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 
 from slurm_rollout import proc
-from slurm_rollout.backend import JobFacts, NodeFacts, StepRef, monotonic
+from slurm_rollout.backend import JobFacts, NodeFacts, StepRef, monotonic, told_time_left_s
 from slurm_rollout.core.model import Job, Listing, NodeWord
 from slurm_rollout.core.names import MARK, step_name
 from slurm_rollout.core.plan import FleetPlan, GroupPlan
@@ -43,7 +44,8 @@ class LocalBackend:
         )
 
     async def job(self) -> JobFacts:
-        return JobFacts(job=Job.RUNNING, time_left_s=None)
+        # Inside of an allocation, or of a rehearsal of one.
+        return JobFacts(job=Job.RUNNING, time_left_s=told_time_left_s(os.environ, time.time()))
 
     async def nodes(self, names: Sequence[str]) -> Mapping[str, NodeFacts]:
         return {name: NodeFacts(word=NodeWord.UP) for name in names}

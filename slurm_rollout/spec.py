@@ -32,6 +32,7 @@ from slurm_rollout.core.plan import (
     RestartPolicy,
     SlurmSettings,
     StopPolicy,
+    TrainerPlan,
 )
 from slurm_rollout.core.ports import HTTP, MASTER, OutgoingPorts
 from slurm_rollout.core.request import Allocation, FleetRequest, PoolRequest
@@ -60,6 +61,7 @@ def fleet_request(spec: Spec) -> FleetRequest:
         log_max_bytes=spec.logs.max_bytes,
         log_keep_incarnations=spec.logs.keep_incarnations,
         private=spec.private,
+        trainer=TrainerPlan(**spec.trainer.model_dump()),
         on_event=_on_event(spec.on_event),
     )
 

@@ -138,6 +138,7 @@ class Restart(Table):
     window_s: Seconds = 3600.0
     backoff_initial_s: SecondsOrZero = 5.0
     backoff_max_s: SecondsOrZero = 300.0
+    end_margin_s: SecondsOrZero = 60.0
     when: Literal["at_once", "at_barrier"] = "at_once"
 
 
@@ -165,6 +166,12 @@ class Slurm(Table):
     command_timeout_s: Seconds = 90.0
     python: str = ""
     agent: Annotated[str, Field(pattern=r"^(/.*)?$")] = ""
+    requeue: Literal["no", "exit", "scontrol"] = "no"
+
+
+class Trainer(Table):
+    signal: Literal["TERM", "INT", "USR1", "USR2"] = "TERM"
+    grace_s: SecondsOrZero = 10.0
 
 
 class Logs(Table):
@@ -215,6 +222,7 @@ class Spec(Table):
     fence: Fence = Fence()
     ports: Ports = Ports()
     slurm: Slurm = Slurm()
+    trainer: Trainer = Trainer()
     logs: Logs = Logs()
     on_event: OnEvent | None = None
     # Readers judge a coordinator lost after 120 s without a heartbeat.

@@ -195,7 +195,9 @@ def without_place(run: RunDir, plan: FleetPlan, *, job: str, restart_count: int)
 
 
 def _fresh(g: GroupState, places: tuple[Place, ...] = ()) -> GroupState:
-    return GroupState(id=g.id, incarnation=g.incarnation, restarts=g.restarts, changed=g.changed, places=places)
+    return GroupState(
+        id=g.id, incarnation=g.incarnation, restarts=g.restarts, changed=g.changed, start_s=g.start_s, places=places
+    )
 
 
 def _begin_again(g: GroupState) -> GroupState:

@@ -19,16 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slurm_rollout import proc
+from slurm_rollout.core.phases import Reason
 from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.rundir import RunDir, read_json
 
 log = logging.getLogger("slurm_rollout")
 
-TRAINER_GRACE_S = 10.0
-"""From TERM to KILL for a trainer that is to end."""
-
 FLEET_FAILED = 70
 """Exit code of `up` when a pool can never again have `min_ready` groups."""
+
+REQUEUE = 75
+"""Exit code of `up` when the end of its job ended it, and the spec wants the job to be requeued."""
 
 TRAINER_AFTER_FAILURE_S = 60.0
 """How long a trainer may take to end by itself after the barrier said `failed`."""
@@ -50,7 +51,17 @@ SUPERVISOR = "ROLLOUT_SUPERVISOR"
 LAST_MEASURES = ((None, 2.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 1.0))
 """What is done to processes that are left at the very end, and for how many seconds each is waited for."""
 
-_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+JOB_END = signal.SIGUSR1
+"""What the coordinator is told to end by when the job's end is near, instead of TERM."""
+
+TIME_LEFT = Reason.TIME_LEFT.value
+
+_WARNINGS = frozenset({signal.SIGUSR1, signal.SIGUSR2})
+"""What `#SBATCH --signal=B:…` is for: the job goes on for a while."""
+
+_FROM_SLURM = _WARNINGS | {signal.SIGTERM}
+
+_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *_WARNINGS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +74,9 @@ class Term:
 
 
 def drain_bound_s(plan: FleetPlan) -> float:
-    """Return how long `up` takes at most from TERM to its own end, in seconds."""
+    """Return how long `up` takes at most from a signal to its own end, in seconds."""
     grace = max(p.stop.grace_s + p.stop.cancel_after_s for p in plan.pools)
-    return max(grace + DRAIN_MARGIN_S, TRAINER_GRACE_S) + 5.0
+    return max(grace + DRAIN_MARGIN_S, plan.trainer.grace_s) + 5.0
 
 
 def hold_signals() -> None:
@@ -94,6 +105,9 @@ class Supervisor:
         self._failed_at: float | None = None
         self._over = False
         self._signals: list[int] = []
+        self._job_ends = False  # why it is to end: a signal such as Slurm sends, or too little time left
+        self._warned = False  # and the job still goes on for a while
+        self._terminated = False  # TERM came, first or later: Slurm may be ending the job
 
     def run(self) -> int:
         """Return the exit code of `up`."""
@@ -123,16 +137,24 @@ class Supervisor:
         now = time.monotonic()
         if self._signals:
             names = ", ".join(signal.Signals(n).name for n in self._signals)
+            told = frozenset(self._signals)
             self._signals.clear()
+            self._terminated |= signal.SIGTERM in told
+            if self._code is None:
+                self._job_ends, self._warned = bool(told & _FROM_SLURM), bool(told & _WARNINGS)
             self._begin_to_end(0, f"{names}: draining the fleet")
         self._reap()
         if self._coordinator is None and not self._over and now >= self._restart_at:
             self._start_coordinator()
-        barrier = self._read_barrier()
+        barrier, reason = self._read_barrier()
         if self._argv and self._trainer is None and self._code is None and barrier in ("ready", "needs_weights"):
             self._start_trainer()
         if barrier == "failed" and self._code is None:
             self._on_fleet_failed(now)
+        elif reason == TIME_LEFT and barrier == "stopped" and self._code is None and self._argv:
+            if self._trainer is None:
+                # Not to be requeued: the next life would have no more time than this one.
+                self._begin_to_end(FLEET_FAILED, "ending: the job has too little time left to start the fleet")
         elif barrier == "ready" and self._code is None and self._failed_at is not None:
             log.warning("the fleet is ready again: somebody restarted it in time")
             self._failed_at = None
@@ -157,8 +179,10 @@ class Supervisor:
         self._end_by = time.monotonic() + drain_bound_s(self._plan)
         self._restart_at = 0.0
         if self._trainer is not None and self._trainer_code is None:
-            self._signal_trainer(signal.SIGTERM)
-            self._kill_trainer_at = time.monotonic() + TRAINER_GRACE_S
+            # With TERM, Slurm has sent it to the tasks of the trainer's srun itself: another one on top would end them.
+            wanted = "TERM" if self._terminated else self._plan.trainer.signal
+            self._signal_trainer(signal.Signals[f"SIG{wanted}"])
+            self._kill_trainer_at = time.monotonic() + self._plan.trainer.grace_s
 
     def _tell_coordinator(self) -> None:
         """Pass on, once, that the run is to end; not before the coordinator can hear it.
@@ -177,7 +201,7 @@ class Supervisor:
         self._told_term = self._term
         # Not Popen's: that looks first whether it has ended, and then nobody else would hear of its end.
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._coordinator.pid, signal.SIGTERM)
+            os.kill(self._coordinator.pid, JOB_END if self._warned else signal.SIGTERM)
 
     def _on_fleet_failed(self, now: float) -> None:
         """A dead fleet never leaves a trainer waiting: its barrier says so; here it gets time to end by itself."""
@@ -209,7 +233,7 @@ class Supervisor:
             f"--restart-count={self._how.restart_count}",
         ]
         if self._code is not None:
-            argv.append("--drain")
+            argv += ["--drain", "--end-is-near"] if self._warned else ["--drain"]
             self._told_term = self._term
         # A session of its own: a terminal's Ctrl-C reaches only the supervisor, which drains in order.
         self._coordinator = subprocess.Popen(
@@ -277,8 +301,12 @@ class Supervisor:
         self._trainer.returncode = code
         self._trainer_code = 128 - code if code < 0 else code
         # It may have read of the failure before this process did.
-        if self._code is None and self._read_barrier() == "failed":
-            self._note_failure(time.monotonic())
+        if self._code is None:
+            phase, reason = self._read_barrier()
+            if phase == "failed":
+                self._note_failure(time.monotonic())
+            # It went because nothing will serve it any more in this job, not because it had finished.
+            self._job_ends = self._warned = phase == "stopped" and reason == TIME_LEFT and code != 0
         code = self._trainer_code if self._failed_at is None else self._trainer_code or FLEET_FAILED
         self._begin_to_end(code, f"the trainer ended with {self._trainer_code}")
 
@@ -319,18 +347,29 @@ class Supervisor:
             if not left:
                 return
 
+    @property
+    def requeue_now(self) -> bool:
+        """Whether the spec wants `scontrol requeue`, and the job can be requeued: it has ended neither for itself nor
+        for Slurm. One that somebody cancelled must not come back."""
+        wanted = self._plan.slurm.requeue == "scontrol" and self._plan.backend == "slurm"
+        return wanted and not self._terminated and self._exit_code() == REQUEUE
+
     def _exit_code(self) -> int:
+        orderly = self._failed_at is None and self._code != 1
+        if self._plan.slurm.requeue != "no" and self._job_ends and orderly:
+            return REQUEUE
         if self._trainer_code is not None and self._failed_at is None:
             return self._trainer_code
         return self._code or 0
 
-    def _read_barrier(self) -> str:
-        """Return the phase that the barrier of this `up` says; empty while there is none of it."""
+    def _read_barrier(self) -> tuple[str, str]:
+        """Return the phase and reason that the barrier of this `up` says; empty while there is none of it."""
         try:
             document = read_json(self._run.barrier)
-            return str(document["phase"]) if int(document["term"]) >= self._how.first_term else ""
+            ours = int(document["term"]) >= self._how.first_term
+            return (str(document["phase"]), str(document.get("reason", ""))) if ours else ("", "")
         except Exception:  # whatever is wrong with the file: this process must outlive it
-            return ""
+            return "", ""
 
 
 def _forget_unwritten_log() -> None:

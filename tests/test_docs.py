@@ -166,6 +166,7 @@ ENTRIES = {
     "two_members_of_a_group_that_die_at_once_are_one_failure": "A member crashed",
     "two_groups_that_die_at_once_recover_in_parallel": "A member crashed",
     "all_members_that_die_while_the_job_ends_cause_no_restart_and_no_charge": "The job is ending",
+    "a_group_that_fails_too_late_is_left_down_and_the_trainer_is_told": "Too little time left",
     "a_start_that_crashes_until_the_budget_is_spent_fails_its_group_and_disturbs_no_other": (
         "A start that crashes until the budget is spent"
     ),

@@ -95,7 +95,7 @@ class Desk:
     def tick(self, decision: Decision) -> bool:
         """Write it; tell whether it is so, and may be acted upon."""
         obs = Observation(now=self.now, wall=1_000_000.0 + self.now)
-        self.state = self.journal.write(self.state, decision, obs, None)
+        self.state = self.journal.write(self.state, decision, obs)
         return self.state is decision.state
 
     def later(self, s: float = RETRY_S) -> Desk:

@@ -435,7 +435,9 @@ def live_state() -> RunState:
         term=4,
         epoch=17,
         groups=(
-            GroupState(id="actor/0", phase=Phase.READY, since=3.0, since_wall=4.0, incarnation=3, steps=steps),
+            GroupState(
+                id="actor/0", phase=Phase.READY, since=3.0, since_wall=4.0, incarnation=3, steps=steps, start_s=40.0
+            ),
             GroupState(
                 id="actor/1",
                 phase=Phase.STOPPING,
@@ -521,6 +523,7 @@ def test_in_another_allocation_groups_start_over_and_numbers_go_on(
     for group, before in zip(state.groups, old.groups, strict=True):
         assert (group.phase, group.steps, group.since) == (Phase.PENDING, (), 100.0)
         assert (group.incarnation, group.restarts) == (before.incarnation, before.restarts)
+        assert group.start_s == before.start_s, "the next job need not learn again what a start takes"
         assert (group.runtime_failures, group.failure, group.charge) == ((), None, None)
 
 

@@ -25,6 +25,7 @@ TAG = "SUPERVISOR_TEST"
 
 DRIVER = """\
 import json, logging, sys
+from dataclasses import replace
 from slurm_rollout import supervisor
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.testing.world import make_plan
@@ -32,14 +33,20 @@ fake, folder, first_term, changes = sys.argv[1:5]
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 changes = json.loads(changes)
 bound_s = changes.pop("drain_bound_s", 20.0)
+plan = make_plan(1)
+plan = replace(plan, trainer=replace(plan.trainer, **changes.pop("ends_by", {})))
+plan = replace(plan, slurm=replace(plan.slurm, requeue=changes.pop("requeue", "no")))
 supervisor.drain_bound_s = lambda plan: bound_s
 for name, value in changes.items():
     assert hasattr(supervisor, name), name
     setattr(supervisor, name, value)
-plan = make_plan(1)
 sys.executable = fake
 term = supervisor.Term(job="7", restart_count=2, first_term=int(first_term))
-sys.exit(supervisor.Supervisor(plan, RunDir(folder), term, sys.argv[5:]).run())
+made = supervisor.Supervisor(plan, RunDir(folder), term, sys.argv[5:])
+code = made.run()
+if made.requeue_now:
+    open(folder + "/requeued", "w")
+sys.exit(code)
 """
 
 COORDINATOR = """\
@@ -53,13 +60,14 @@ def note(*words):
     with open(folder + "/notes", "a") as f:
         f.write(json.dumps([term, time.monotonic(), *words]) + "\\n")
 
-def barrier(phase, of_term=term):
+def barrier(phase, of_term=term, reason=""):
     with open(folder + "/.b", "w") as f:
-        json.dump({{"phase": phase, "term": of_term}}, f)
+        json.dump({{"phase": phase, "term": of_term, "reason": reason}}, f)
     os.replace(folder + "/.b", folder + "/barrier.json")
 
 def listen():
     signal.signal(signal.SIGTERM, lambda *_: told.append(note("TERM")))
+    signal.signal(signal.SIGUSR1, lambda *_: told.append(note("USR1")))
     os.mkdir(folder + "/.t%d" % term)
 
 def obey(code=0, drain_s=0.0):
@@ -304,6 +312,111 @@ def test_a_signal_drains_the_fleet_once(up: Up, number: signal.Signals) -> None:
     assert f"{number.name}: draining the fleet" in up.output()
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_warning_of_the_jobs_end_drains_the_fleet_and_tells_the_coordinator_why(
+    up: Up, number: signal.Signals
+) -> None:
+    up.start("listen(); barrier('ready'); note('listens'); obey()")
+    up.wait_note("listens")
+    up.process.send_signal(number)
+    assert up.code() == 0
+    assert up.notes("USR1")
+    assert not up.notes("TERM")
+    assert f"{number.name}: draining the fleet" in up.output()
+
+
+def test_a_coordinator_that_starts_after_a_warning_knows_of_it(up: Up) -> None:
+    up.start("listen(); barrier('ready')\nif term == 1:\n    while not told: time.sleep(0.01)\n    os._exit(1)\nobey()")
+    wait_for("its ears", lambda: up.run.staging(1).exists())
+    up.process.send_signal(signal.SIGUSR1)
+    assert up.code() == 0
+    assert up.notes("start")[1][-2:] == ["--drain", "--end-is-near"]
+
+
+ENDS_ON = """
+import signal, sys, time
+def end(number, _):
+    open(sys.argv[1] + "/saved", "w").write(signal.Signals(number).name)
+    sys.exit({code})
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, end)
+open(sys.argv[1] + "/trains", "w")
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "requeue", "code"),
+    [
+        (signal.SIGTERM, "no", 3),
+        (signal.SIGTERM, "exit", 3),
+        (signal.SIGTERM, "exit", 0),
+        (signal.SIGTERM, "scontrol", 3),
+        (signal.SIGINT, "scontrol", 3),
+        (signal.SIGUSR1, "no", 0),
+        (signal.SIGUSR1, "exit", 3),
+        (signal.SIGUSR1, "scontrol", 0),
+        (signal.SIGUSR2, "scontrol", 3),
+    ],
+)
+def test_75_says_that_the_jobs_end_ended_it_and_only_a_warned_job_requeues_itself(
+    up: Up, number: signal.Signals, requeue: str, code: int
+) -> None:
+    up.start(READY, up.python_trainer(ENDS_ON.format(code=code)), requeue=requeue, ends_by={"signal": "USR2"})
+    up.wait_file("trains")
+    up.process.send_signal(number)
+    again = requeue != "no" and number != signal.SIGINT
+    assert up.code() == (75 if again else code)
+    assert (up.run.path / "saved").read_text() == ("SIGTERM" if number == signal.SIGTERM else "SIGUSR2")
+    warned = number in (signal.SIGUSR1, signal.SIGUSR2)
+    assert (up.run.path / "requeued").exists() == (requeue == "scontrol" and warned)
+
+
+def test_a_job_that_is_cancelled_after_its_warning_does_not_requeue_itself(up: Up) -> None:
+    up.start("listen(); barrier('ready'); note('listens'); obey(drain_s=0.6)", requeue="scontrol")
+    up.wait_note("listens")
+    up.process.send_signal(signal.SIGUSR1)
+    up.wait_note("USR1")
+    assert up.term() == 75
+    assert not (up.run.path / "requeued").exists()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_trainer_that_ended_before_the_jobs_end_is_not_started_again(up: Up, code: int) -> None:
+    up.start(
+        "listen(); barrier('ready'); obey(drain_s=0.6)", up.python_trainer(f"raise SystemExit({code})"), requeue="exit"
+    )
+    up.wait_note("TERM")
+    assert up.term() == code
+
+
+@pytest.mark.parametrize("status", [3, 4])
+def test_an_end_that_was_not_orderly_is_no_reason_to_requeue(up: Up, status: int) -> None:
+    up.start(f"listen(); barrier('ready'); note('listens'); obey({status})", requeue="exit")
+    up.wait_note("listens")
+    assert up.term() == 1
+
+
+@pytest.mark.parametrize(("code", "wanted"), [(0, 0), (3, 75)])
+def test_a_trainer_that_ends_for_want_of_time_wants_another_job(up: Up, code: int, wanted: int) -> None:
+    trainer = "import os, sys, time\nwhile not os.path.exists(sys.argv[1] + '/late'): time.sleep(0.01)\n"
+    up.start(
+        "listen(); barrier('ready'); note('ready'); wait_file('trains')\n"
+        "barrier('stopped', reason='time_left'); open(folder + '/late', 'w'); obey()",
+        up.python_trainer(f"import sys; open(sys.argv[1] + '/trains', 'w')\n{trainer}sys.exit({code})"),
+        requeue="scontrol",
+    )
+    assert up.code() == wanted
+    assert (up.run.path / "requeued").exists() == (wanted == 75)
+
+
+def test_a_fleet_without_the_time_to_start_ends_the_run_and_asks_for_no_other_life(up: Up) -> None:
+    """Each life of the job would have as little time."""
+    up.start("listen(); barrier('stopped', reason='time_left'); obey()", up.python_trainer("pass"), requeue="exit")
+    assert up.code() == 70
+    assert "too little time left" in up.output()
+
+
 def test_what_nohup_and_a_shells_ampersand_ask_for_is_kept(up: Up) -> None:
     up.start("listen(); note('listens'); obey()", ignored=[signal.SIGHUP, signal.SIGINT])
     up.wait_note("listens")
@@ -467,7 +580,7 @@ def test_a_trainer_that_does_not_heed_is_killed_in_time(up: Up) -> None:
         "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "open(sys.argv[1] + '/trains', 'w'); time.sleep(600)"
     )
-    up.start(READY, up.python_trainer(trainer), TRAINER_GRACE_S=0.5)
+    up.start(READY, up.python_trainer(trainer), ends_by={"grace_s": 0.5})
     up.wait_file("trains")
     began = time.monotonic()
     assert up.term() == 137

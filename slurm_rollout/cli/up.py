@@ -23,16 +23,17 @@ log = logging.getLogger("slurm_rollout")
 HELP = "run the fleet in the foreground, inside an allocation"
 
 DESCRIPTION = """\
-Run the fleet that SPEC describes, until it is told to end (TERM, Ctrl-C, `slurm-rollout stop`), or, with a TRAINER,
-until the trainer ends. The trainer is started once every pool can serve; it finds the barrier file in ROLLOUT_BARRIER
-and the nodes that are its own in ROLLOUT_TRAINER_NODELIST.
+Run the fleet that SPEC describes, until it is told to end (TERM, USR1, USR2, Ctrl-C, `slurm-rollout stop`), or, with
+a TRAINER, until the trainer ends. The trainer is started once every pool can serve; it finds the barrier file in
+ROLLOUT_BARRIER and the nodes that are its own in ROLLOUT_TRAINER_NODELIST.
 
 Let it be the last line of the batch script, with `exec`: otherwise TERM, the time limit and preemption reach the shell
 only, and the fleet is killed without a word to the trainer."""
 
 EPILOG = """\
 exit codes: the trainer's (127 not found, 126 no program, 128 + n ended by signal n); 0 drained; 1 could not start,
-or not all of it ended; 2 wrong spec or usage, nothing was started; 70 the fleet failed
+or not all of it ended; 2 wrong spec or usage, nothing was started; 70 the fleet failed; 75 with `slurm.requeue` in the
+spec: ended because its job ends (TERM, USR1, USR2, or too little time left), and not finished
 
 examples:
   exec slurm-rollout up fleet.toml -- python train.py
@@ -64,7 +65,7 @@ def run_up(args: argparse.Namespace) -> int:
     # Heavy ones only here: the other commands must stay light.
     from slurm_rollout import allocation, spec, store
     from slurm_rollout.claim import claim
-    from slurm_rollout.slurm import comment
+    from slurm_rollout.slurm import comment, requeue
     from slurm_rollout.supervisor import Supervisor, Term, drain_bound_s, hold_signals
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
@@ -96,11 +97,14 @@ def run_up(args: argparse.Namespace) -> int:
             drain_bound_s(plan),
         )
         term = Term(job=where.job, restart_count=where.restart_count, first_term=store.next_term(run))
-        code = Supervisor(plan, run, term, trainer).run()
+        supervisor = Supervisor(plan, run, term, trainer)
+        code = supervisor.run()
         try:
             store.write_lease(run, job=where.job, restart_count=where.restart_count, ended=True)
         except StoreError as e:  # the run has ended all the same, and its exit code is the trainer's word
             log.warning("warning: %s", e)
+        if supervisor.requeue_now:  # after the last word: Slurm ends this process, too
+            requeue.requeue(where.job, timeout_s=plan.slurm.command_timeout_s)
         return code
     finally:
         held.release()

@@ -9,7 +9,7 @@ from slurm_rollout.core.clients import keeps_from_starting
 from slurm_rollout.core.model import GroupState, RunState
 from slurm_rollout.core.phases import PoolPhase, Reason
 from slurm_rollout.core.plan import FleetPlan
-from slurm_rollout.core.pools import is_alive, pool_views, serves, weights
+from slurm_rollout.core.pools import is_alive, pool_views, reason_of, serves, weights
 
 SCHEMA = 1
 
@@ -57,8 +57,7 @@ def barrier_document(
     views = pool_views(plan, run, now)
     troubled = [g for g in run.groups if not serves(plan.pool_of(g.id), run, g)]
     kept = {p.name: keeps_from_starting(plan, run, p, now) for p in plan.pools}
-    degraded = run.phase is PoolPhase.READY and any(v.reason == "degraded" for v in views)
-    reason = "degraded" if degraded else next((v.reason for v in views if v.phase is run.phase and v.reason), "")
+    reason = reason_of(views, run.phase)
     if run.phase is PoolPhase.FAILED and not any(v.phase is PoolPhase.FAILED for v in views):
         reason = "budget_spent"  # the pools only say by now that the run is over
     return {

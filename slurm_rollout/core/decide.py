@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from slurm_rollout.core import barrier_rules, clients, moves, nodes
+from slurm_rollout.core import barrier_rules, clients, moves, nodes, restart
 from slurm_rollout.core.group import WORDLESS, Context, Out, advance, ended, has_living_steps, stop, to
 from slurm_rollout.core.model import (
     Action,
@@ -109,7 +109,10 @@ def is_over(run: RunState) -> bool:
 def _heed(plan: FleetPlan, run: RunState, obs: Observation, events: list[Event]) -> RunState:
     """Take in what people and Slurm want of the run as a whole, then the requests about groups."""
     ending, message = Reason.NONE, ""
-    if obs.stop_signal:
+    time_is_up = obs.job_ends_at is not None and obs.now >= obs.job_ends_at
+    if obs.stop_signal and (obs.end_is_near or time_is_up):
+        ending, message = Reason.JOB_ENDING, "the job's time is up" if time_is_up else "warned of the job's end"
+    elif obs.stop_signal:
         ending, message = Reason.RUN_ENDING, "told to end"
     elif obs.job is Job.ENDING:
         ending, message = Reason.JOB_ENDING, "Slurm is ending the job"
@@ -216,8 +219,12 @@ def _obey(ctx: Context, g: GroupState, request: Request) -> tuple[GroupState, st
         g = replace(fresh, charge=None, not_before=ctx.obs.now, marks=Marks())
         return to(ctx, g, Phase.FENCING, Reason.OPERATOR, by), "starts again, with a fresh budget"
     if g.phase is Phase.BACKOFF:
+        if ctx.too_late:
+            return g, f"does not start: {ctx.too_late}"
         return replace(g, not_before=ctx.obs.now), "starts without waiting"
     if request.verb == "restart" and g.phase in (Phase.READY, Phase.UNREADY, Phase.STARTING):
+        if ctx.too_late:
+            return g, f"is left as it is: {ctx.too_late}"
         return stop(ctx, g, Reason.OPERATOR, by, drain=False), "restarts"
     return g, f"is {g.phase} already: nothing to do"
 
@@ -245,6 +252,7 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
     living = {g.id for g in run.groups if has_living_steps(seen[g.id])}
     suspect = _most_time_out(plan, run, seen)
     kept = {p.name: clients.keeps_from_starting(plan, run, p, obs.now) for p in plan.pools}
+    late = {p.name: restart.too_late(p, run, now=obs.now, job_ends_at=obs.job_ends_at) for p in plan.pools}
     return {
         group.id: Context(
             plan=plan,
@@ -255,6 +263,7 @@ def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Con
             others_live=bool(living - {group.id}),
             ask_agents=suspect,
             kept=kept[pool.name],
+            too_late=late[pool.name],
         )
         for pool in plan.pools
         for group in pool.groups

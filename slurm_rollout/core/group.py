@@ -89,6 +89,7 @@ class Context:
     kept: str = ""  # why a trainer's client keeps its pool's groups from starting
     lost: frozenset[str] = frozenset()  # nodes whose steps are not waited for
     excluded: frozenset[str] = frozenset()  # nodes on which nothing is started
+    too_late: str = ""  # why a start could not be ready before the job ends
 
 
 @dataclass(slots=True)
@@ -337,6 +338,9 @@ def _fenced(ctx: Context, g: GroupState, out: Out) -> GroupState:
         delay = g.not_before - now
         out.events.append(event(g, "waiting", f"next start in {delay:.0f} s", delay_s=round(delay, 1)))
         return to(ctx, g, Phase.BACKOFF, g.reason, f"next start in {delay:.0f} s", **_NO_STEPS)
+    if ctx.too_late:
+        out.events.append(event(g, "waiting", ctx.too_late, reason=Reason.TIME_LEFT))
+        return to(ctx, g, Phase.BACKOFF, Reason.TIME_LEFT, ctx.too_late, **_NO_STEPS)
     if ctx.kept:
         out.events.append(event(g, "waiting", ctx.kept))
         return to(ctx, g, Phase.BACKOFF, g.reason, ctx.kept, **_NO_STEPS)
@@ -392,6 +396,11 @@ def _backoff(ctx: Context, g: GroupState, out: Out) -> GroupState:
     if ctx.obs.now < g.not_before:
         out.wake(g.not_before)
         return g
+    if g.reason is Reason.TIME_LEFT:
+        if ctx.too_late:
+            return g
+        reason = g.failure.reason if g.failure is not None else Reason.FIRST_START
+        return to(ctx, g, Phase.FENCING, reason)
     if ctx.kept:
         return replace(g, message=ctx.kept)
     return to(ctx, g, Phase.FENCING, g.reason)
@@ -458,7 +467,8 @@ def _ready(ctx: Context, g: GroupState, out: Out) -> GroupState:
         )
     )
     out.fine_on += ctx.group.nodes
-    return to(ctx, g, Phase.READY, Reason.NONE, marks=marks)
+    start_s = took(marks.launched_at, now)
+    return to(ctx, g, Phase.READY, Reason.NONE, marks=marks, start_s=g.start_s if start_s is None else start_s)
 
 
 def _serving(ctx: Context, g: GroupState, out: Out) -> GroupState:

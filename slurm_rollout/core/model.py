@@ -91,6 +91,7 @@ class GroupState:
     slow: bool = False  # answers late, progresses: an event, never a restart
     weights_version: int | None = None  # that the trainer acknowledged for this incarnation
     changed: int = 0  # the epoch in which an incarnation of it last came or went
+    start_s: float | None = None  # from its last launch that led to ready until then
     places: tuple[Place, ...] = ()  # by rank; empty: where the plan has it (`core.moves`)
     retired: tuple[str, ...] = ()  # "address:port" that an incarnation on a lost node may still use
     node_failures: int = 0  # incarnations that ended with a node; no budget counts them
@@ -353,6 +354,8 @@ class Observation:
     requests: tuple[Request, ...] = ()
     clients: tuple[ClientWords, ...] = ()
     stop_signal: bool = False
+    end_is_near: bool = False  # the signal to stop was a warning that Slurm sends before it ends the job
+    job_ends_at: float | None = None  # by the time limit, as it was known last; None: unknown, or it has no end
 
     def group(self, group_id: str) -> GroupObservation | None:
         return next((g for g in self.groups if g.id == group_id), None)

@@ -59,6 +59,7 @@ class Reason(StrEnum):
     NODE_LOST = "node_lost"
     NODE_EXCLUDED = "node_excluded"  # it moves away from a node that fails again and again, or that an operator drains
     NO_NODE = "no_node"  # none is left that it could run on
+    TIME_LEFT = "time_left"  # the job ends before a start could be ready
 
 
 P = Phase

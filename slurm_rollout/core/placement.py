@@ -244,6 +244,7 @@ def place(
         log_keep_incarnations=request.log_keep_incarnations,
         private=request.private,
         on_event=request.on_event,
+        trainer=request.trainer,
     )
     warnings = (*ephemeral_warnings(demands, ports, port_range), *_warnings(request, plan, allocation))
     return plan, warnings

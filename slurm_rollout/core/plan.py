@@ -61,6 +61,7 @@ class RestartPolicy:
     window_s: float = 3600.0
     backoff_initial_s: float = 5.0
     backoff_max_s: float = 300.0
+    end_margin_s: float = 60.0  # a start that leaves the group less time than this before the job ends is not made
     when: str = "at_once"  # "at_barrier": only while the trainer permits it, because it uses the same GPUs
 
 
@@ -217,6 +218,15 @@ class SlurmSettings:
     command_timeout_s: float = 90.0  # every other command; clients retry for a minute by themselves
     python: str = ""  # interpreter for the agent on the nodes; empty: the coordinator's own
     agent: str = ""  # path of an agent that is installed on the nodes; empty: the run's own copy
+    requeue: str = "no"  # when the job's end ended `up`: "exit" with 75, or call "scontrol" requeue before that
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerPlan:
+    """How a trainer that `up` started is ended."""
+
+    signal: str = "TERM"  # without "SIG"
+    grace_s: float = 10.0  # from that to KILL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +254,7 @@ class FleetPlan:
     slurm: SlurmSettings
     lost_after_s: float = 30.0  # a node that is silent for so long, with a step that does not end, is lost
     max_node_failures: int = 2  # launches or checks in a row that fail on one node before it is excluded
+    trainer: TrainerPlan = field(default_factory=TrainerPlan)
     heartbeat_s: float = 5.0
     audit_s: float = 300.0
     degraded_timeout_s: float = 1800.0

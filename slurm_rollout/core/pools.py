@@ -45,6 +45,11 @@ def may_come(run: RunState, g: GroupState) -> bool:
     return g.phase is not Phase.FAILED
 
 
+def waits_for_time(g: GroupState) -> bool:
+    """Tell whether this group is down for good, unless the job's time limit is raised."""
+    return g.phase is Phase.BACKOFF and g.reason is Reason.TIME_LEFT
+
+
 def pool_view(pool: PoolPlan, run: RunState, now: float, degraded_timeout_s: float) -> PoolView:
     """Return what a pool looks like to the trainer."""
     groups = [run.group(g.id) for g in pool.groups]
@@ -52,22 +57,33 @@ def pool_view(pool: PoolPlan, run: RunState, now: float, degraded_timeout_s: flo
     ready = sum(serves(pool, run, g) for g in groups)
     desired = len(groups)
     possible = sum(may_come(run, g) for g in groups)
+    late = sum(waits_for_time(g) for g in groups)
     reason = ""
     # For the first time it waits for every group that can still come.
     first = pool.name not in run.pools_once_ready and now - run.started_at < degraded_timeout_s
-    enough = max(possible, pool.min_ready) if first else pool.min_ready
+    enough = max(possible - late, pool.min_ready) if first else pool.min_ready
     if possible < pool.min_ready:
         spent = any(g.phase is Phase.FAILED for g in groups)
         phase, reason = PoolPhase.FAILED, Reason.BUDGET_SPENT.value if spent else Reason.NO_NODE.value
     elif run.ending:
         phase, reason = PoolPhase.STOPPED, run.ending.value
+    elif possible - late < pool.min_ready:
+        phase, reason = PoolPhase.STOPPED, Reason.TIME_LEFT.value
     elif alive < enough:
         phase = PoolPhase.WAITING
     elif ready < pool.min_ready:
         phase, reason = PoolPhase.NEEDS_WEIGHTS, "stale"
     else:
-        phase, reason = PoolPhase.READY, "degraded" if ready < desired else ""
+        degraded = Reason.TIME_LEFT.value if late else "degraded"
+        phase, reason = PoolPhase.READY, degraded if ready < desired else ""
     return PoolView(name=pool.name, phase=phase, ready=ready, desired=desired, min_ready=pool.min_ready, reason=reason)
+
+
+def reason_of(views: tuple[PoolView, ...], phase: PoolPhase) -> str:
+    """Return the reason of the whole, whose phase this is: that of the pools that are in it."""
+    reasons = [v.reason for v in views if v.phase is phase and v.reason]
+    # What will not pass by itself is worth more than the first one.
+    return Reason.TIME_LEFT.value if Reason.TIME_LEFT in reasons else next(iter(reasons), "")
 
 
 def pool_views(plan: FleetPlan, run: RunState, now: float) -> tuple[PoolView, ...]:

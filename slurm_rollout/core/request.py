@@ -15,6 +15,7 @@ from slurm_rollout.core.plan import (
     RestartPolicy,
     SlurmSettings,
     StopPolicy,
+    TrainerPlan,
 )
 
 
@@ -116,3 +117,4 @@ class FleetRequest:
     log_keep_incarnations: int
     private: bool
     on_event: EventHookPlan | None = None
+    trainer: TrainerPlan = field(default_factory=TrainerPlan)

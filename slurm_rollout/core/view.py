@@ -14,7 +14,7 @@ from slurm_rollout.core.failure_classes import RULES
 from slurm_rollout.core.model import Failure, GroupState, RunState
 from slurm_rollout.core.phases import Phase
 from slurm_rollout.core.plan import FleetPlan, PoolPlan
-from slurm_rollout.core.pools import PoolView, serves, weights
+from slurm_rollout.core.pools import PoolView, reason_of, serves, waits_for_time, weights
 from slurm_rollout.core.restart import recent
 
 SCHEMA = 1
@@ -60,7 +60,7 @@ def status_document(
         "heartbeat_s": plan.heartbeat_s,
         "time_left_s": time_left_s,
         "phase": state.phase.value,
-        "reason": next((p.reason for p in pools if p.phase is state.phase and p.reason), ""),
+        "reason": reason_of(pools, state.phase),
         "message": _message(plan, state),
         "ending": state.ending.value,
         "ending_since": unix(state.ending_at) if state.ending else None,
@@ -182,7 +182,7 @@ def _next(pool: PoolPlan, g: GroupState, *, ending: bool, now: float) -> tuple[s
         if g.stop_sent_at is None or g.cancel_sent_at is not None:
             return "cancel", None
         return "cancel", g.stop_sent_at + pool.stop.grace_s + pool.stop.cancel_after_s
-    if ending:
+    if ending or waits_for_time(g):
         return "", None
     if g.phase in (Phase.PENDING, Phase.FENCING, Phase.BACKOFF):
         return "launch", g.not_before if g.not_before > now else None

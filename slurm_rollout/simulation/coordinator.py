@@ -265,7 +265,7 @@ class Coordinator:
         self._watch.decided(before, obs, decision)
         if self.journal.is_due(decision, obs.now):
             self._files.intent = before, obs, decision
-            self.state = self.journal.write(before, decision, obs, None)
+            self.state = self.journal.write(before, decision, obs)
             if self.journal.blocked:
                 self._files.silence()
             else:

@@ -153,6 +153,8 @@ class World:
     clients: dict[str, ClientWords] = field(default_factory=dict)
     probing: set[str] = field(default_factory=set)  # groups with a probe that stays on its way
     stop_signal: bool = False
+    end_is_near: bool = False
+    job_ends_at: float | None = None
     blind: bool = False  # Slurm does not answer
     deaf: set[str] = field(default_factory=set)  # nodes whose agents do not hear signals
     undying: set[str] = field(default_factory=set)  # nodes where not even Slurm ends a step; its srun ends all the same
@@ -205,6 +207,8 @@ class World:
             requests=tuple(self.requests),
             clients=tuple(self.clients.values()),
             stop_signal=self.stop_signal,
+            end_is_near=self.end_is_near,
+            job_ends_at=self.job_ends_at,
         )
 
     def _rests(self, group: str) -> bool:

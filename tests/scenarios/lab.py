@@ -95,9 +95,9 @@ class Lab:
         self.strangers: list[subprocess.Popen[str]] = []
         self._watch: BarrierWatch | None = None
 
-    def up(self, **spec: Any) -> Fleet:
-        """Start a fleet of stubs, and a reader of its barrier file; return it."""
-        self._start(self.spec(**spec))
+    def up(self, *, minutes: int = 0, **spec: Any) -> Fleet:
+        """Start a fleet of stubs, and a reader of its barrier file; return it. `minutes`: the job's time limit."""
+        self._start(self.spec(**spec), minutes)
         self._watch = BarrierWatch(self.fleet, self.ask)
         self._watch.start()
         return self.fleet
@@ -108,9 +108,10 @@ class Lab:
         assert self._watch is not None
         wait_for("the reader's look at it", self._watch.has_looked)
 
-    def _start(self, spec: str) -> None:
+    def _start(self, spec: str, minutes: int) -> None:
         assert isinstance(self.fleet, LocalFleet)
-        self.fleet.start(spec, prefix=WITHOUT_ROOTS_EYE)
+        ends = {"SLURM_JOB_END_TIME": str(int(time.time() + 60 * minutes))} if minutes else None
+        self.fleet.start(spec, environ=ends, prefix=WITHOUT_ROOTS_EYE)
 
     def spec(self, **spec: Any) -> str:
         return stub_spec(base=self.base, control=self.fleet.control, **spec)
@@ -267,8 +268,8 @@ class FakeLab(Lab):
         self.cluster: FakeSlurm | SlurmCluster = slurm
         self.fleet: SlurmFleet[Any] = SlurmFleet(slurm)
 
-    def _start(self, spec: str) -> None:
-        self.fleet.start(spec, prefix=WITHOUT_ROOTS_EYE)
+    def _start(self, spec: str, minutes: int) -> None:
+        self.fleet.start(spec, directives=_time_limit(minutes), prefix=WITHOUT_ROOTS_EYE)
 
     def spec(self, *, nodes: str = "", **spec: Any) -> str:
         return super().spec(nodes=f'address = "127.0.0.1"\n{nodes}', **spec)
@@ -324,8 +325,8 @@ class SlurmLab(FakeLab):
     def refuse_steps(self) -> str:
         return "Unable to create step for job"  # 22.05.8 goes on, of a feature that no node has: "Memory required …"
 
-    def _start(self, spec: str) -> None:
-        self.fleet.start(spec)
+    def _start(self, spec: str, minutes: int) -> None:
+        self.fleet.start(spec, directives=_time_limit(minutes))
 
     def spec(self, **spec: Any) -> str:
         return stub_spec(base=self.base, control=self.fleet.control, python=self.cluster.python, **spec)
@@ -382,6 +383,10 @@ class SlurmLab(FakeLab):
 
     def _end(self) -> None:
         self.fleet.end()  # that no process is left is checked at the end of every test on a cluster
+
+
+def _time_limit(minutes: int) -> str:
+    return f"#SBATCH --time={minutes}" if minutes else ""
 
 
 def _inner_pid(pid: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from slurm_rollout.testing.fleet import LocalFleet, stub_spec, wait_for
-from tests.scenarios.lab import PHASES, Lab
+from tests.scenarios.lab import PHASES, Lab, budget, undisturbed
 
 
 def backoff(lab: Lab) -> None:
@@ -62,6 +62,28 @@ def test_term_in_any_phase_drains_and_leaves_no_process(lab: Lab, state: str) ->
     assert all(not g["urls"] for g in fleet.barrier()["groups"])
     wait_for("no process of the run", lambda: not fleet.processes(), timeout_s=5)
     assert [e["type"] for e in fleet.events()][-1] == "ended"
+
+
+def test_a_group_that_fails_too_late_is_left_down_and_the_trainer_is_told(lab: Lab) -> None:
+    fleet = lab.up(groups=2, minutes=30, pool="restart.end_margin_s = 3600")
+    lab.wait_ready()
+    fleet.kill("actor/0", 1)
+    waiting = fleet.wait_event("waiting", "actor/0")
+    assert waiting["reason"] == "time_left"
+    assert "left; a start took" in waiting["message"]
+    fleet.wait("the barrier's word", lambda: fleet.barrier()["reason"] == "time_left")
+    assert fleet.barrier()["phase"] == "ready"
+    assert lab.trainer("len(barrier.wait_ready(timeout=20).groups)") == 2, "it goes on with the other one"
+    assert "is left as it is: the job had" in lab.cli("restart", "actor/1")
+    assert undisturbed(fleet, "actor/1")
+    fleet.kill("actor/1", 0)
+    fleet.wait_phase("stopped")
+    assert fleet.barrier()["reason"] == "time_left"
+    assert lab.trainer("barrier.wait_ready(timeout=20)") == "FleetFailed"
+    assert lab.terminate() == 0
+    assert not [e for e in fleet.events("launching") if e["incarnation"] > 1]
+    assert budget(fleet, "actor/0")["restarts"] == budget(fleet, "actor/1")["restarts"]
+    assert budget(fleet, "actor/0")["restarts"]["left"] == budget(fleet, "actor/0")["restarts"]["of"]
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.2, 0.3, 0.4])

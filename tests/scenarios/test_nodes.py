@@ -7,6 +7,7 @@ Slurm's verdict is what counts; on real Slurm connections that time out lead.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def nodes(fleet: Fleet, group: str) -> list[str]:
     return next(list(map(str, g["nodes"])) for g in status["groups"] if g["id"] == group)
 
 
-def up(lab: Lab, *, spares: int = 1, **spec: object) -> Fleet:
+def up(lab: Lab, *, spares: int = 1, **spec: Any) -> Fleet:
     """Start one group of two nodes and one of one node, which leaves a fourth node: a spare, or nobody's."""
     count = "" if spares else "count = 3\n"
     fleet = lab.up(groups=1, reward=1, nodes=f"{count}spares = {spares}\nlost_after_s = 3\n", **spec)
