@@ -140,6 +140,9 @@ class Checker:
                     held = other.incarnation.steps.get(node.name)
                     if held is not None and (self.nodes.is_left(held) or self._is_beyond(held)):
                         continue
+                    # Its group left the node, and what outlived its step there nobody can know of.
+                    if (held is None or not held.goes_on) and node.name not in mine.plan.nodes:
+                        continue
                     raise Broken(
                         1, f"{mine.id} starts, and incarnation {other.incarnation.number} lives on {node.name}"
                     )
