@@ -385,6 +385,9 @@ class Fleet(RuleBasedStateMachine):
                     self.book(ledger)
                 elif event.type == "failed":
                     ledger.pending = None
+            if g.node_failures > old.node_failures:  # nor what failed there before that was known
+                ledger.pending = None
+                ledger.start_failures = [t for t in ledger.start_failures if t in g.start_failures]
             if g.reason is Reason.OPERATOR and g.phase in (Phase.STOPPING, Phase.DRAINING):
                 ledger.pending = None
                 ledger.last_end = g.marks.seen_at or 0.0

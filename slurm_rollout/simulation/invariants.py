@@ -210,8 +210,9 @@ class Checker:
         )
         if old.phase is Phase.STOPPING and new.phase is not Phase.STOPPING and excused:
             ledger.pending = None
-        if new.node_failures > old.node_failures:
+        if new.node_failures > old.node_failures:  # nor what failed there before that was known
             ledger.pending = None
+            ledger.start = [t for t in ledger.start if t in new.start_failures]
         for event in decision.events:
             if event.group != new.id:
                 continue
