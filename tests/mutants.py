@@ -313,6 +313,94 @@ MUTANTS = (
         """        seq = 1 + max(self._seq, self._written_seq(), self._echo(last, "seq"))\n""",
         "        seq = 1 + max(self._seq, self._written_seq())\n",
     ),
+    # ----------------------------------------------------------------------------------------------- nodes and places
+    Mutant(
+        "meet_where_an_old_rank_may_meet",
+        "core/moves.py",
+        """    if left:\n        old.append(f"{group.master_address}:{group.master_port}")\n""",
+        "",
+    ),
+    Mutant(
+        "give_up_one_of_several_silent_nodes",
+        "core/nodes.py",
+        "        if answering and not any(n.silent_s for n in others):\n",
+        "        if answering or not others:\n",
+    ),
+    Mutant(
+        "move_before_the_node_is_lost",
+        "core/group.py",
+        "        if ended(ctx, g, step) is True or step.node in ctx.lost:\n",
+        "        if ended(ctx, g, step) is True or step.node in ctx.excluded:\n",
+    ),
+    Mutant(
+        "use_a_node_again_on_which_a_step_lives",
+        "core/nodes.py",
+        "            if node.name in answering and node.name not in left_on and up:\n",
+        "            if node.name in answering and up:\n",
+    ),
+    Mutant(
+        "charge_a_lost_node",
+        "core/group.py",
+        "        charge=None,\n        goes_to=Phase.FENCING,\n        reason=Reason.NODE_LOST,\n",
+        "        goes_to=Phase.FENCING,\n        reason=Reason.NODE_LOST,\n",
+    ),
+    Mutant(
+        "forget_a_lost_step",
+        "core/decide.py",
+        "        lost_steps += out.lost_steps\n",
+        "",
+    ),
+    Mutant(
+        "forget_lost_steps_at_a_takeover",
+        "store.py",
+        "    groups = [g if g.since else replace(g, since=now",
+        "    old = replace(old, lost_steps=())\n    groups = [g if g.since else replace(g, since=now",
+    ),
+    Mutant(
+        "never_cancel_what_was_left",
+        "core/nodes.py",
+        "        wants.cancel = CancelLost(steps=tuple(again))\n",
+        "        pass\n",
+    ),
+    Mutant(
+        "launch_on_an_excluded_node",
+        "core/group.py",
+        "    if away := ctx.excluded.intersection(ctx.group.nodes):\n",
+        "    if away := ctx.excluded.intersection(()):\n",
+    ),
+    Mutant(
+        "use_a_drained_node_again",
+        "core/nodes.py",
+        "                if node.drained:\n",
+        "                if not node:\n",
+    ),
+    Mutant(
+        "burn_a_spare_for_what_slurm_refuses",
+        "core/group.py",
+        "    if charged and failure.reason in _OF_THE_NODE and failure.node and not refused:\n",
+        "    if charged and failure.reason in _OF_THE_NODE and failure.node:\n",
+    ),
+    Mutant(
+        "two_groups_take_one_spare",
+        "core/moves.py",
+        "        now = placed(plan, run)\n        away =",
+        "        now = replace(plan, pools=tuple(\n"
+        "            replace(p, groups=tuple(placed(plan, run).group(g.id) if h.id == g.id else h for h in p.groups))\n"
+        "            for p in plan.pools\n"
+        "        ))\n        away =",
+    ),
+    Mutant(
+        "take_ports_that_another_group_has",
+        "core/moves.py",
+        "            if other.id != g.id or m.rank in stays:\n",
+        "            if other.id == g.id and m.rank in stays:\n",
+    ),
+    Mutant(
+        "say_where_it_was",
+        "journal.py",
+        "        plan = moves.placed(self._plan, state)\n        self._store.write_barrier(",
+        "        plan = self._plan\n        self._store.write_barrier(",
+    ),
 )
 
 

@@ -19,18 +19,20 @@ from slurm_rollout.core.decide import decide, is_over
 from slurm_rollout.core.model import (
     Cancel,
     Decision,
+    Exclusion,
     Go,
     GroupState,
     Job,
     Launch,
     Listing,
+    NodeWord,
     Observation,
     Process,
     RunState,
     Stop,
 )
 from slurm_rollout.core.phases import ALIVE, MAY_HAVE_STEPS, Phase, PoolPhase, Reason
-from slurm_rollout.core.plan import FencePolicy, ProbePolicy, ProbeRequest, RestartPolicy, StopPolicy
+from slurm_rollout.core.plan import FencePolicy, FleetPlan, ProbePolicy, ProbeRequest, RestartPolicy, StopPolicy
 from slurm_rollout.testing.world import World, make_plan
 
 WINDOW_S = 1000.0
@@ -58,9 +60,16 @@ def without_sweeps_pids(run: RunState) -> RunState:
 
 class Fleet(RuleBasedStateMachine):
     world: World
+    placed: FleetPlan
 
-    @initialize(groups=st.integers(1, 3), nodes=st.integers(1, 2), budget=st.integers(0, 3), up=st.booleans())
-    def begin(self, groups: int, nodes: int, budget: int, up: bool) -> None:
+    @initialize(
+        groups=st.integers(1, 3),
+        nodes=st.integers(1, 2),
+        budget=st.integers(0, 3),
+        up=st.booleans(),
+        spares=st.integers(0, 2),
+    )
+    def begin(self, groups: int, nodes: int, budget: int, up: bool, spares: int) -> None:
         plan = make_plan(
             groups,
             nodes,
@@ -68,11 +77,13 @@ class Fleet(RuleBasedStateMachine):
             restart=RestartPolicy(max_restarts=budget, max_start_failures=budget, window_s=WINDOW_S),
             stop=StopPolicy(grace_s=0.5),
             fence=FencePolicy(timeout_s=30.0),
+            spares=spares,
         )
         self.world = World(plan)
         self.ledgers = {g.id: Ledger() for g in plan.groups}
         self.late_answer: Listing | None = None
         self.proved: set[tuple[str, int, int]] = set()
+        self.drained: set[str] = set()  # by the operator
         if up:
             self.until(lambda: self.world.phases() == {Phase.READY})
 
@@ -107,7 +118,7 @@ class Fleet(RuleBasedStateMachine):
             return
         node = data.draw(st.sampled_from(running), label="node")
         if how == "kill":
-            w.kill(g.id, w.plan.group(g.id).on(node)[0].rank)
+            w.kill(g.id, w.placed.group(g.id).on(node)[0].rank)
         elif how == "refused" and g.phase is Phase.STARTING:
             words = data.draw(st.sampled_from(["", "Unable to contact slurm controller", "invalid node"]))
             w.vanish(g.id, node, spoke=False, stderr=words)
@@ -130,13 +141,32 @@ class Fleet(RuleBasedStateMachine):
             for s in g.steps:
                 key = (g.id, g.incarnation, s.node, False)
                 if key in w.steps and w.steps[key].process is Process.RUNNING and w.steps[key].exit is None:
-                    w.kill(g.id, w.plan.group(g.id).on(s.node)[0].rank)
+                    w.kill(g.id, w.placed.group(g.id).on(s.node)[0].rank)
         self.tick(0.01)
 
-    @rule(data=st.data(), sort=st.sampled_from(["deaf", "undying"]))
+    @rule(data=st.data(), sort=st.sampled_from(["deaf", "undying", "cut", "cut", "cut"]))
     def a_node_goes_bad_or_good(self, data: st.DataObject, sort: str) -> None:
-        nodes = self.world.deaf if sort == "deaf" else self.world.undying
+        nodes: set[str] = getattr(self.world, sort)
         nodes ^= {data.draw(st.sampled_from(self.world.plan.nodes), label="node")}
+
+    @rule(data=st.data(), word=st.sampled_from([*NodeWord, NodeWord.DOWN, NodeWord.SILENT]))
+    def slurm_says_of_a_node(self, data: st.DataObject, word: NodeWord) -> None:
+        """That it is gone is for ever, and ends what runs there."""
+        w = self.world
+        node = data.draw(st.sampled_from(w.plan.nodes), label="node")
+        if w.words.get(node) is not NodeWord.GONE:
+            w.words[node] = word
+        if w.words.get(node) is NodeWord.GONE:
+            w.cut.add(node)
+
+    @rule(data=st.data(), verb=st.sampled_from(["drain", "resume", "resume"]))
+    def the_operator_asks_for_a_node(self, data: st.DataObject, verb: str) -> None:
+        w = self.world
+        node = data.draw(st.sampled_from(w.plan.nodes), label="node")
+        w.ask(verb, node)
+        if not w.state.ending and not w.stop_signal and w.job is not Job.ENDING:
+            (self.drained.add if verb == "drain" else self.drained.discard)(node)
+        self.tick(0.01)
 
     @rule(blind=st.booleans())
     def slurm_goes(self, blind: bool) -> None:
@@ -158,10 +188,10 @@ class Fleet(RuleBasedStateMachine):
     @rule(data=st.data(), ports=st.sampled_from(["open", "closed", "unknown"]))
     def ports_are(self, data: st.DataObject, ports: str) -> None:
         w, g = self.world, self.some_group(data)
-        node = w.plan.group(g.id).nodes[-1]
+        node = w.placed.group(g.id).nodes[-1]
         w.ports_open[g.id] = {"open": (f"{node}:18000",), "closed": (), "unknown": None}[ports]
         if ports == "open" and g.phase in ALIVE:
-            w.kill(g.id, w.plan.group(g.id).leader.rank)
+            w.kill(g.id, 0)
             self.tick(0.01)
 
     @rule(
@@ -172,7 +202,7 @@ class Fleet(RuleBasedStateMachine):
     )
     def probes_say(self, data: st.DataObject, said: str, failures: int, agent: int) -> None:
         w, g = self.world, self.some_group(data)
-        member = data.draw(st.sampled_from(w.plan.group(g.id).entrypoints), label="member")
+        member = data.draw(st.sampled_from(w.placed.group(g.id).entrypoints), label="member")
         late = failures if said.startswith("late") else 0
         no = 2 if said.endswith("no") else 0
         fine = said == "fine"
@@ -184,7 +214,7 @@ class Fleet(RuleBasedStateMachine):
     @rule(data=st.data(), what=st.sampled_from(["mismatch", "stranger", "waiting"]))
     def something_odd_is_seen(self, data: st.DataObject, what: str) -> None:
         w, g = self.world, self.some_group(data)
-        member = data.draw(st.sampled_from(w.plan.group(g.id).members), label="member")
+        member = data.draw(st.sampled_from(w.placed.group(g.id).members), label="member")
         if what == "mismatch":
             w.probe(g.id, member.rank, mismatch="another model")
         elif (g.id, g.incarnation, member.node, False) in w.steps:
@@ -224,6 +254,7 @@ class Fleet(RuleBasedStateMachine):
         w.now += after_s
         obs = w.observe()
         living = {g.id: w.living(g.id) for g in before.groups}
+        self.placed = w.placed  # as it was decided by
         decision = w.tick(0.0, act=act)
         self.the_decision_repeats_itself_and_then_rests(before, obs, decision)
         self.numbers_never_fall(before, decision.state)
@@ -234,17 +265,44 @@ class Fleet(RuleBasedStateMachine):
             elif isinstance(action, Go):
                 self.go_follows_the_last_fence(action, obs)
         self.the_budget_holds(before, obs, decision)
+        self.nobody_starts_where_nothing_may(decision)
+        self.what_is_left_is_on_lost_nodes(decision.state)
         self.one_incarnation_lives()
         return decision
+
+    def nobody_starts_where_nothing_may(self, decision: Decision) -> None:
+        after = decision.state
+        excluded = {n.name for n in after.nodes if n.excluded}
+        for action in decision.actions:
+            if isinstance(action, Launch):
+                assert not (excluded | self.drained).intersection(action.nodes)
+        taken: dict[str, str] = {}
+        for group in self.world.placed.groups:
+            for node in group.nodes:
+                assert taken.setdefault(node, group.id) == group.id, "two groups are on one node"
+
+    def what_is_left_is_on_lost_nodes(self, after: RunState) -> None:
+        for step in after.lost_steps:
+            assert after.node(step.node).excluded in (Exclusion.LOST, Exclusion.GONE, Exclusion.STUCK)
+            assert (step.group, step.incarnation) not in after.alive
+        for g in after.groups:
+            if g.failure is not None and g.failure.reason is Reason.NODE_LOST:
+                assert g.failure.at not in (*g.runtime_failures, *g.start_failures), "a lost node was charged"
 
     def the_decision_repeats_itself_and_then_rests(self, before: RunState, obs: Observation, made: Decision) -> None:
         plan = self.world.plan
         assert decide(plan, before, obs) == made
-        again = decide(plan, made.state, replace(obs, requests=()))
-        assert without_sweeps_pids(again.state) == without_sweeps_pids(made.state)
+        obs = replace(obs, requests=())
+        last = made
+        for _ in before.groups:  # each may have moved, or wait for a node no longer: that goes on at once
+            if last.wake_at is None or last.wake_at > obs.now:
+                break
+            last = decide(plan, last.state, obs)
+        again = decide(plan, last.state, obs)
+        assert without_sweeps_pids(again.state) == without_sweeps_pids(last.state)
         assert again.actions == ()
         assert again.events == ()
-        assert made.wake_at is None or made.wake_at > obs.now
+        assert last.wake_at is None or last.wake_at > obs.now
 
     def numbers_never_fall(self, before: RunState, after: RunState) -> None:
         assert after.epoch == before.epoch + (after.serving != before.serving)
@@ -278,15 +336,16 @@ class Fleet(RuleBasedStateMachine):
     ) -> None:
         old, seen = before.group(action.group), obs.group(action.group)
         assert seen is not None
-        assert not living, "a step of it lives"
+        left = {s.incarnation for s in before.lost_steps if s.group == action.group}
+        assert living <= left, "a step of it lives"
         assert not before.ending
         if action.sweep:
             assert seen.ports_open
-            assert set(action.nodes) <= set(self.world.plan.group(action.group).nodes)
+            assert set(action.nodes) <= set(self.placed.group(action.group).nodes)
             return
         assert seen.ports_open == (), "its ports were not seen closed"
         assert action.incarnation == old.incarnation + 1
-        assert action.nodes == self.world.plan.group(action.group).nodes
+        assert action.nodes == self.placed.group(action.group).nodes
         assert obs.now >= old.not_before or obs.requests
         ended_at = self.ledgers[action.group].last_end
         others = any(
@@ -299,7 +358,7 @@ class Fleet(RuleBasedStateMachine):
     def go_follows_the_last_fence(self, action: Go, obs: Observation) -> None:
         seen = obs.group(action.group)
         assert seen is not None
-        assert {s.node for s in seen.steps if s.fenced} == set(self.world.plan.group(action.group).nodes)
+        assert {s.node for s in seen.steps if s.fenced} == set(self.placed.group(action.group).nodes)
 
     def the_budget_holds(self, before: RunState, obs: Observation, decision: Decision) -> None:
         policy, now = self.world.plan.pools[0].restart, self.world.now
@@ -326,6 +385,9 @@ class Fleet(RuleBasedStateMachine):
                     self.book(ledger)
                 elif event.type == "failed":
                     ledger.pending = None
+            if g.node_failures > old.node_failures:  # nor what failed there before that was known
+                ledger.pending = None
+                ledger.start_failures = [t for t in ledger.start_failures if t in g.start_failures]
             if g.reason is Reason.OPERATOR and g.phase in (Phase.STOPPING, Phase.DRAINING):
                 ledger.pending = None
                 ledger.last_end = g.marks.seen_at or 0.0
@@ -348,6 +410,7 @@ class Fleet(RuleBasedStateMachine):
     def one_incarnation_lives(self) -> None:
         for g in self.world.state.groups:
             may_live = {g.incarnation} if g.phase in MAY_HAVE_STEPS | {Phase.FENCING} else set()
+            may_live |= {s.incarnation for s in self.world.state.lost_steps if s.group == g.id}
             assert self.world.living(g.id) <= may_live, "a step lives that is nobody's, or was taken for ended"
 
     # --------------------------------------------------------------------------------------------------- how it ends
@@ -360,22 +423,40 @@ class Fleet(RuleBasedStateMachine):
         w.undying.clear()
         w.orphans.clear()
         w.blind = False
+        w.cut = {n for n, word in w.words.items() if word is NodeWord.GONE}
+        w.words = {n: word for n, word in w.words.items() if word is NodeWord.GONE}
         w.ports_open.clear()
         self.forget_odd_sights()
         if not w.state.ending and not w.stop_signal and w.job is not Job.ENDING:
+            w.ask("resume", *w.plan.nodes)
+            self.drained.clear()
             bound, began = recovery_bound(w.plan, w.plan.pools[0]), w.now
-            self.until(lambda: w.phases() <= {Phase.READY, Phase.FAILED, Phase.STOPPED})
-            assert w.now - began <= bound.total_s + bound.backoff_s
+            self.until(lambda: {g.phase for g in self.with_nodes()} <= {Phase.READY, Phase.FAILED, Phase.STOPPED})
+            assert w.now - began <= bound.total_s + bound.backoff_s + w.plan.lost_after_s
             resting = [g.id for g in w.state.groups if g.phase in (Phase.FAILED, Phase.STOPPED)]
             if resting:
                 w.ask("resume", *resting)
                 self.tick(0.01)
-            self.until(lambda: w.phases() == {Phase.READY})
-            assert w.state.phase is PoolPhase.READY
-            assert all(w.living(g.id) == {g.incarnation} for g in w.state.groups)
+            self.until(lambda: {g.phase for g in self.with_nodes()} <= {Phase.READY})
+            if self.with_nodes() == w.state.groups:
+                assert w.state.phase is PoolPhase.READY
+            self.until(lambda: not any(s.node not in w.cut for s in w.state.lost_steps))
+            assert all(w.living(g.id) - self.left_on_gone_nodes(g.id) == {g.incarnation} for g in self.with_nodes())
         w.stop_signal = True
         self.until(lambda: is_over(w.state))
-        assert not any(w.living(g.id) for g in w.state.groups)
+        assert not any(w.living(g.id) - self.left_on_gone_nodes(g.id) for g in w.state.groups)
+
+    def with_nodes(self) -> tuple[GroupState, ...]:
+        """Return the groups but for those that wait for a node, while there is none for them."""
+        w = self.world
+        used = {n for g in w.placed.groups for n in g.nodes if w.state.group(g.id).reason is not Reason.NO_NODE}
+        free = len([n for n in w.plan.nodes if n not in used and w.words.get(n) is not NodeWord.GONE])
+        need = len(w.plan.groups[0].nodes)
+        return tuple(g for g in w.state.groups if g.reason is not Reason.NO_NODE or free >= need)
+
+    def left_on_gone_nodes(self, group: str) -> set[int]:
+        w = self.world
+        return {s.incarnation for s in w.state.lost_steps if s.group == group and s.node in w.cut}
 
     def forget_odd_sights(self) -> None:
         w = self.world
@@ -390,6 +471,7 @@ class Fleet(RuleBasedStateMachine):
                 return
             decision = self.tick(0.01)
             asked = decision.actions or decision.wants.listing or decision.wants.job
+            asked = asked or decision.wants.nodes
             if not self.settle() and not asked and decision.wake_at is not None:
                 w.now = max(w.now, decision.wake_at)
         raise AssertionError(f"not reached: {[(g.id, g.phase.value, g.message) for g in w.state.groups]}")
@@ -398,7 +480,7 @@ class Fleet(RuleBasedStateMachine):
 TestFleet = Fleet.TestCase
 TestFleet.settings = settings(
     derandomize=True,
-    max_examples=300,
+    max_examples=60,
     stateful_step_count=60,
     deadline=None,
     database=None,

@@ -228,9 +228,8 @@ def _relocate(
     hosts = _hosts_for(plan, run, obs, group, excluded(run))
     if hosts is None:
         return None
-    # Also where no step is left something may be: nothing was fenced there since.
-    left = {s.node for s in run.lost_steps if s.group == g.id}
-    left |= {old for old, new in hosts.items() if new != old and run.node(old).excluded in GIVEN_UP}
+    # Also where no step is left something may live that outlived its step: nothing was fenced there since.
+    left = {s.node for s in run.lost_steps if s.group == g.id} | {old for old, new in hosts.items() if new != old}
     old = [f"{group.addresses[m.node]}:{p}" for m in group.members if m.node in left for p in m.fenced_ports]
     if left:
         old.append(f"{group.master_address}:{group.master_port}")

@@ -141,6 +141,9 @@ class Checker:
                     held = other.incarnation.steps.get(node.name)
                     if held is not None and (self.nodes.is_left(held) or self._is_beyond(held)):
                         continue
+                    # Its group left the node, and what outlived its step there nobody can know of.
+                    if (held is None or not held.goes_on) and node.name not in mine.plan.nodes:
+                        continue
                     raise Broken(
                         1, f"{mine.id} starts, and incarnation {other.incarnation.number} lives on {node.name}"
                     )
@@ -208,8 +211,9 @@ class Checker:
         )
         if old.phase is Phase.STOPPING and new.phase is not Phase.STOPPING and excused:
             ledger.pending = None
-        if new.node_failures > old.node_failures:
+        if new.node_failures > old.node_failures:  # nor what failed there before that was known
             ledger.pending = None
+            ledger.start = [t for t in ledger.start if t in new.start_failures]
         for event in decision.events:
             if event.group != new.id:
                 continue

@@ -58,7 +58,11 @@ class NodeChecker:
         mine = step.plan.on(step.key.node)
         ports, gpus = {p for m in mine for p in m.fenced_ports}, {g for m in mine for g in m.gpus}
         for other in self.cluster.nodes[step.key.node].agents:
-            if other.key.group == step.key.group or other.key.sweep:
+            if other.key.group == step.key.group:
+                if other is not step and other.goes_on and self.is_left(other):
+                    raise Broken(17, f"{step.name} is launched on {step.key.node}, where {other.name} was left")
+                continue
+            if other.key.sweep:
                 continue
             theirs = other.plan.on(other.key.node)
             if taken := ports & {p for m in theirs for p in m.fenced_ports}:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from slurm_rollout.core.plan import FleetPlan, PoolPlan
+from slurm_rollout.simulation.case import with_spares
 from slurm_rollout.simulation.faults import Fault
 from slurm_rollout.simulation.run import START, Case, Outcome, run
 from slurm_rollout.simulation.trainer import ONLY_KEEPS_CURRENT
@@ -79,16 +80,17 @@ def forecast(
     Args:
         hours: from the start of the run, for each fleet.
         load_s: from go until an engine answers; each start differs by up to a tenth.
-        spare_nodes: lost nodes in whose place another is ready at once.
+        spare_nodes: spares that the plan has not.
 
     Raises:
         Flawed: a bug.
     """
+    plan = with_spares(plan, spare_nodes)
     cases = [
         Case(
             seed=seed + n,
             plan=plan,
-            faults=draw(plan, rates, hours, random.Random(f"{seed + n}"), spare_nodes),
+            faults=draw(plan, rates, hours, random.Random(f"{seed + n}")),
             peace_at=START + hours * 3600.0,
             load_s=(0.9 * load_s, 1.1 * load_s),
             # The trainer's own times are no part of it: it pushes at once, and lets groups start when they can.
@@ -112,11 +114,8 @@ def forecast(
     )
 
 
-def draw(plan: FleetPlan, rates: Rates, hours: float, rng: random.Random, spare_nodes: int = 0) -> tuple[Fault, ...]:
-    """Draw the faults of one fleet, oldest first.
-
-    Where a spare takes a lost node's place, its group restarts as after a crash.
-    """
+def draw(plan: FleetPlan, rates: Rates, hours: float, rng: random.Random) -> tuple[Fault, ...]:
+    """Draw the faults of one fleet, oldest first."""
     places = [
         ((index + 0.5) / len(plan.groups), (member.rank + 0.5) / len(group.members))
         for index, group in enumerate(plan.groups)
@@ -143,12 +142,7 @@ def draw(plan: FleetPlan, rates: Rates, hours: float, rng: random.Random, spare_
     add("node_is_lost", rates.node_h, nodes, 1.0)
     add("slurm_is_away", rates.slurm_h, [(0.0, 0.0)], SLURM_AWAY_S)
     add("coordinator_is_killed", rates.coordinator_h, [(0.0, 0.0)])
-    found.sort(key=lambda f: f.at)
-    for n, fault in enumerate(found):
-        if fault.kind == "node_is_lost" and spare_nodes > 0:
-            found[n] = replace(fault, kind="engine_dies", for_s=0.0)
-            spare_nodes -= 1
-    return tuple(found)
+    return tuple(sorted(found, key=lambda f: f.at))
 
 
 def with_threshold(plan: FleetPlan, change: int) -> FleetPlan | None:
