@@ -80,8 +80,46 @@ except BarrierError as error:
     print(json.dumps(type(error).__name__))
 """
 
+WRAPPER = """\
+#!/bin/sh
+echo "begin $$ $*" >>{log}
+PATH=${{PATH#*:}}
+{body}
+{real} "$@"
+code=$?
+echo "end $$" >>{log}
+exit $code
+"""
+
 # Root on this machine ignores the modes of files; nobody on a cluster does.
 WITHOUT_ROOTS_EYE = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+class CommandLog:
+    """What a wrapped command was called with, and how many ran at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+        path.chmod(0o666)
+
+    def calls(self) -> list[str]:
+        """Return the arguments of every call."""
+        return [line.split(" ", 2)[2] for line in self._lines() if line.startswith("begin")]
+
+    def running(self) -> list[int]:
+        """Return the pids, where the commands run, of those that have not ended by themselves."""
+        begun, ended = [], set()
+        for line in self._lines():
+            word, pid, *_ = line.split()
+            if word == "begin":
+                begun.append(int(pid))
+            else:
+                ended.add(int(pid))
+        return [pid for pid in begun if pid not in ended]
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text().splitlines()
 
 
 class Lab:
@@ -245,6 +283,39 @@ class FakeLab(Lab):
     def cli(self, *argv: str) -> str:
         return self.cluster.run(["slurm-rollout", *argv, "--run-dir=run"]).stdout
 
+    def status(self) -> dict[str, Any]:
+        """Return what `status --json` prints, however the run stands, with the text for people under "text"."""
+        argv = ["slurm-rollout", "status", "--run-dir=run"]
+        text = self.cluster.run(argv, check=False).stdout
+        return {"text": text, **json.loads(self.cluster.run([*argv, "--json"], check=False).stdout)}
+
+    def slurm_away(self) -> None:
+        """From now on slurmctld answers nobody; what runs goes on."""
+        assert isinstance(self.cluster, FakeSlurm)
+        self.cluster.unreachable()
+
+    def slurm_back(self) -> None:
+        self.cluster.heal()
+
+    def wrap(self, command: str, body: str) -> CommandLog:
+        """Put a site's wrapper around a command of Slurm: a shell script that ends in the real one, unless `body` ends
+        or hangs before that. It notes when it begins and, if nobody kills it before, ends.
+        """
+        log = CommandLog(self.cluster.home / f"{command}.log")
+        folder = self._first_on_path()
+        real = folder / f".real-{command}"
+        if (folder / command).exists():
+            (folder / command).rename(real)
+        else:
+            real = Path(command)
+        (folder / command).write_text(WRAPPER.format(log=log.path, body=body, real=real))
+        (folder / command).chmod(0o755)
+        return log
+
+    def _first_on_path(self) -> Path:
+        assert isinstance(self.cluster, FakeSlurm)
+        return self.cluster.commands
+
     def terminate(self) -> int:
         self.end_job()
         self.wait_ended()
@@ -281,6 +352,15 @@ class SlurmLab(FakeLab):
 
     def port(self, rank: int) -> int:
         return self.base
+
+    def slurm_away(self) -> None:
+        self.cluster.freeze_controller()
+
+    def slurm_back(self) -> None:
+        self.cluster.thaw_controller()
+
+    def _first_on_path(self) -> Path:
+        return self.cluster.python.parent
 
     def _python(self, argv: list[str]) -> subprocess.CompletedProcess[str]:
         return self.cluster.in_node(self.cluster.nodes[0], [self.cluster.python, "-c", *argv], check=False)
