@@ -130,14 +130,20 @@ class Lab:
     def __init__(self, folder: Path, base: int) -> None:
         self.base = base
         self.fleet: Fleet = LocalFleet(folder)
+        self.prefix = WITHOUT_ROOTS_EYE
         self.strangers: list[subprocess.Popen[str]] = []
         self._watch: BarrierWatch | None = None
 
     def up(self, **spec: Any) -> Fleet:
         """Start a fleet of stubs, and a reader of its barrier file; return it."""
-        self._start(self.spec(**spec))
+        self.start(**spec)
         self._watch = BarrierWatch(self.fleet, self.ask)
         self._watch.start()
+        return self.fleet
+
+    def start(self, **spec: Any) -> Fleet:
+        """The same without the reader, which compares times of the wall clock."""
+        self._start(self.spec(**spec))
         return self.fleet
 
     def wait_ready(self) -> None:
@@ -148,7 +154,7 @@ class Lab:
 
     def _start(self, spec: str) -> None:
         assert isinstance(self.fleet, LocalFleet)
-        self.fleet.start(spec, prefix=WITHOUT_ROOTS_EYE)
+        self.fleet.start(spec, prefix=self.prefix)
 
     def spec(self, **spec: Any) -> str:
         return stub_spec(base=self.base, control=self.fleet.control, **spec)
@@ -275,7 +281,7 @@ class FakeLab(Lab):
         self.fleet: SlurmFleet[Any] = SlurmFleet(slurm)
 
     def _start(self, spec: str) -> None:
-        self.fleet.start(spec, prefix=WITHOUT_ROOTS_EYE)
+        self.fleet.start(spec, prefix=self.prefix)
 
     def spec(self, *, more: str = "", **spec: Any) -> str:
         return super().spec(more=f'{more}\n[nodes]\naddress = "127.0.0.1"\n', **spec)
@@ -341,11 +347,12 @@ class SlurmLab(FakeLab):
         self.base = 18000
         self.cluster: SlurmCluster = cluster
         self.fleet = SlurmFleet(cluster)
+        self.prefix = []
         self.strangers = []
         self._watch = None
 
     def _start(self, spec: str) -> None:
-        self.fleet.start(spec)
+        self.fleet.start(spec, prefix=self.prefix)
 
     def spec(self, **spec: Any) -> str:
         return stub_spec(base=self.base, control=self.fleet.control, python=self.cluster.python, **spec)
