@@ -73,6 +73,9 @@ HOOK_END_S = 2.0
 QUERY_PAUSE_S = 1.0
 """Least pause between two questions of one kind to Slurm."""
 
+BLIND_PAUSE_S = 15.0
+"""It doubles with every question that gets no answer, up to this: a slurmctld that comes back meets all its clients."""
+
 
 @dataclass(slots=True)
 class _PortCheck:
@@ -112,6 +115,7 @@ class Coordinator:
         self._prober = Prober(clock=monotonic, wake=self._woken.set)
         self._ports: dict[str, _PortCheck] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._unanswered: dict[str, int] = {}  # questions to Slurm -> how often in a row
         self._asked: dict[str, float] = {}
         self._listing: Listing | None = None
         self._listing_failed_at: float | None = None
@@ -231,6 +235,7 @@ class Coordinator:
         for action in decision.actions:
             self._act(action)
         self._steps.keep(self._state)
+        self._steps.start_queued()
         self._prober.pause({g.id for g in self._plan.groups if g.pool in self._state.paused})
         self._prober.set_targets(self._targets())
         self._find_out(decision, obs)
@@ -328,7 +333,8 @@ class Coordinator:
         audit = obs.now >= self._audit_at
         if audit:
             self._audit_at = obs.now + self._plan.audit_s
-        if wants.listing or audit:
+        # Slurm alone can say that it answers again, and somebody may look at `status` to see that.
+        if wants.listing or audit or self._state.blind_since is not None:
             self._ask("listing", self._list)
         if wants.job or audit:
             self._ask("job", self._look_at_job)
@@ -336,9 +342,19 @@ class Coordinator:
     def _ask(self, name: str, question: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Ask Slurm, unless the same question is under way or was asked just now."""
         now = monotonic()
-        if name not in self._tasks and now - self._asked.get(name, -QUERY_PAUSE_S) >= QUERY_PAUSE_S:
+        pause_s = min(QUERY_PAUSE_S * 2.0 ** min(self._unanswered.get(name, 0), 10), BLIND_PAUSE_S)
+        if self._state.ending:  # the drain has a limit
+            pause_s = QUERY_PAUSE_S
+        if name not in self._tasks and now - self._asked.get(name, -BLIND_PAUSE_S) >= pause_s:
             self._asked[name] = now
             self._begin(name, question())
+
+    def _note_answer(self, name: str, error: Unobservable | None = None) -> None:
+        """Note that Slurm answered a question, or that it did not."""
+        self._unanswered[name] = 0 if error is None else self._unanswered.get(name, 0) + 1
+        if error is not None:
+            self._listing_failed_at = self._asked[name] = monotonic()
+            log.warning("%s", error)
 
     def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` beside the loop, once at a time per name."""
@@ -359,8 +375,9 @@ class Coordinator:
         try:
             self._listing = await self._backend.listing()
         except Unobservable as e:
-            self._listing_failed_at = monotonic()
-            log.warning("%s", e)
+            self._note_answer("listing", e)
+        else:
+            self._note_answer("listing")
 
     async def _look_at_job(self) -> None:
         asked_at = monotonic()
@@ -368,8 +385,9 @@ class Coordinator:
             self._job = await self._backend.job()
         except Unobservable as e:
             self._job = JobFacts(job=Job.UNKNOWN, time_left_s=self._job.time_left_s)
-            self._listing_failed_at = monotonic()
-            log.warning("%s", e)
+            self._note_answer("job", e)
+        else:
+            self._note_answer("job")
         self._job_asked_at = asked_at
 
     async def _check_ports(self, group_id: str) -> None:

@@ -207,6 +207,14 @@ ENTRIES = {
     "a_trainer_that_waits_permits_the_start_that_it_waits_for": "The trainer keeps a group from starting",
     "nothing_starts_under_a_hold_and_one_whose_client_is_gone_expires": "The trainer keeps a group from starting",
     "a_hold_waits_for_the_start_in_progress": "The trainer keeps a group from starting",
+    "a_controller_that_is_away_in_any_phase_costs_only_time": "Slurm does not answer",
+    "a_controller_that_goes_away_between_launch_and_go_keeps_no_group_from_its_start": "Slurm does not answer",
+    "a_run_that_is_stopped_while_the_controller_is_away_ends_its_engines_at_once": "Slurm does not answer",
+    "a_scancel_that_has_no_effect_is_given_up_repeated_and_never_run_twice_at_once": "A process that cannot be killed",
+    "steps_that_stay_completing_delay_no_recovery": "A process that cannot be killed",
+    "a_step_that_stays_completing_without_a_word_of_its_agent_is_waited_for": "A process that cannot be killed",
+    "step_creation_that_is_disabled_for_a_while_is_waited_for_and_said": "Step creation is disabled",
+    "a_step_that_slurm_lost_while_it_lives_on_is_fenced_by_its_port": "A port is held",
 }
 """Test of the scenarios, without `test_`: the entry in docs/troubleshooting.md for the failure that it does."""
 
