@@ -214,6 +214,10 @@ ENTRIES = {
     "steps_that_stay_completing_delay_no_recovery": "A process that cannot be killed",
     "a_step_that_stays_completing_without_a_word_of_its_agent_is_waited_for": "A process that cannot be killed",
     "step_creation_that_is_disabled_for_a_while_is_waited_for_and_said": "Step creation is disabled",
+    "an_scontrol_that_does_not_answer_is_asked_less_and_less_often": "Slurm does not answer",
+    "no_more_sruns_than_may_be_wait_for_their_steps_at_once": "A start takes its turn",
+    "a_process_that_does_not_die_holds_its_group_back_and_is_told_until_it_does": "A process that cannot be killed",
+    "a_wall_clock_that_jumps_by_hours_changes_nothing": "The clock was set",
     "a_step_that_slurm_lost_while_it_lives_on_is_fenced_by_its_port": "A port is held",
 }
 """Test of the scenarios, without `test_`: the entry in docs/troubleshooting.md for the failure that it does."""

@@ -14,14 +14,16 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from slurm_rollout.testing.fake_slurm import FakeSlurm
 from slurm_rollout.testing.fleet import Fleet, LocalFleet, SlurmFleet, stub_spec, wait_for
-from slurm_rollout.testing.slurm_cluster import SlurmCluster
+from slurm_rollout.testing.slurm_cluster import FREEZER, SlurmCluster
 from slurm_rollout.testing.watch import BarrierWatch
 
 LISTEN = """\
@@ -82,13 +84,10 @@ except BarrierError as error:
 
 WRAPPER = """\
 #!/bin/sh
-echo "begin $$ $*" >>{log}
+echo "$*" >>{log}
 PATH=${{PATH#*:}}
 {body}
-{real} "$@"
-code=$?
-echo "end $$" >>{log}
-exit $code
+exec {real} "$@"
 """
 
 # Root on this machine ignores the modes of files; nobody on a cluster does.
@@ -96,7 +95,7 @@ WITHOUT_ROOTS_EYE = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 
 
 class CommandLog:
-    """What a wrapped command was called with, and how many ran at once."""
+    """What a wrapped command was called with."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,20 +104,6 @@ class CommandLog:
 
     def calls(self) -> list[str]:
         """Return the arguments of every call."""
-        return [line.split(" ", 2)[2] for line in self._lines() if line.startswith("begin")]
-
-    def running(self) -> list[int]:
-        """Return the pids, where the commands run, of those that have not ended by themselves."""
-        begun, ended = [], set()
-        for line in self._lines():
-            word, pid, *_ = line.split()
-            if word == "begin":
-                begun.append(int(pid))
-            else:
-                ended.add(int(pid))
-        return [pid for pid in begun if pid not in ended]
-
-    def _lines(self) -> list[str]:
         return self.path.read_text().splitlines()
 
 
@@ -304,12 +289,11 @@ class FakeLab(Lab):
         self.cluster.heal()
 
     def wrap(self, command: str, body: str) -> CommandLog:
-        """Put a site's wrapper around a command of Slurm: a shell script that ends in the real one, unless `body` ends
-        or hangs before that. It notes when it begins and, if nobody kills it before, ends.
-        """
+        """Put a site's wrapper around a command of Slurm: a shell script that becomes the real one, unless `body` ends
+        it, or hangs, before that."""
         log = CommandLog(self.cluster.home / f"{command}.log")
         folder = self._first_on_path()
-        real = folder / f".real-{command}"
+        real = folder / f"{command}.real"
         if (folder / command).exists():
             (folder / command).rename(real)
         else:
@@ -409,6 +393,27 @@ def _inner_pid(pid: int) -> int:
         if line.startswith("NSpid:"):
             return int(line.split()[-1])
     return pid
+
+
+@contextmanager
+def unkillable(pid: int) -> Iterator[None]:
+    """Until the end of this the process runs not and dies of nothing, as one in state D: its ports stay taken."""
+    folder = FREEZER / f"rollout-{pid}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"nothing makes a process unkillable here: {error}")
+    try:
+        (folder / "cgroup.procs").write_text(str(pid))
+        (folder / "freezer.state").write_text("FROZEN")
+        wait_for("the frozen process", lambda: (folder / "freezer.state").read_text() == "FROZEN\n")
+        yield
+    finally:
+        (folder / "freezer.state").write_text("THAWED")
+        with suppress(OSError):  # it has died
+            (FREEZER / "cgroup.procs").write_text(str(pid))
+        wait_for("an empty cgroup", lambda: not (folder / "cgroup.procs").read_text())
+        folder.rmdir()
 
 
 def assert_recovered(fleet: Fleet, group: str, incarnation: int, reason: str, rank: int | None = None) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from slurm_rollout.testing.fake_slurm import FakeSlurm
 from slurm_rollout.testing.fleet import Fleet, wait_for
-from tests.scenarios.lab import PHASES, FakeLab, assert_recovered, budget, heartbeats
+from tests.scenarios.lab import PHASES, FakeLab, Lab, SlurmLab, assert_recovered, budget, heartbeats, unkillable
 
 on_slurm = pytest.mark.parametrize("lab", ["fake", pytest.param("slurm", marks=pytest.mark.slurm)], indirect=True)
 on_fake = pytest.mark.parametrize("lab", ["fake"], indirect=True)
@@ -223,3 +223,87 @@ def test_a_step_that_slurm_lost_while_it_lives_on_is_fenced_by_its_port(lab: Fak
     fleet.wait_serving("actor/0", 2, timeout_s=60)
     assert not set(engines(fleet, "actor/0").values()) & set(old.values())
     assert_started_once(fleet, "actor/0")
+
+
+@pytest.mark.parametrize("how", ["hangs", "fails"])
+@on_slurm
+def test_an_scontrol_that_does_not_answer_is_asked_less_and_less_often(lab: FakeLab, how: str) -> None:
+    fleet = lab.up(groups=2, more=BLIND)
+    lab.wait_ready()
+    survivors = {group: engines(fleet, group) for group in ("actor/0", "actor/1")}
+    bad = lab.cluster.home / "bad"
+    bad.touch()
+    does = {"hangs": "exec sleep 600", "fails": "echo slurm_load_jobs error: no >&2; exit 1"}[how]
+    log = lab.wrap("scontrol", f"if [ -e {bad} ]; then {does}; fi")
+    began_at, began = time.time(), time.monotonic()
+    fleet.wait_event("blind")
+    most = 0
+
+    def watched() -> bool:
+        nonlocal most
+        most = max(most, len(lab.cluster.user_pids("sleep 600")))
+        return time.monotonic() - began > 16
+
+    wait_for("many questions' time", watched, timeout_s=40, period_s=0.2)
+    # Two kinds of question, after pauses of 1, 2, 4 and 8 s; every second it would be more than thirty.
+    assert 4 <= len(log.calls()) <= 12
+    assert most <= 2, "one of a kind at once, and each has a deadline"
+    status = lab.status()
+    assert status["blind_since"] - began_at < 12
+    bad.unlink()
+    fleet.wait_event("sighted", timeout_s=40)
+    assert not fleet.events("failure")
+    assert {group: engines(fleet, group) for group in survivors} == survivors
+
+
+@on_fake
+def test_no_more_sruns_than_may_be_wait_for_their_steps_at_once(lab: FakeLab) -> None:
+    """Nor are they lost, or started twice, when the coordinator dies with a queue."""
+    assert isinstance(lab.cluster, FakeSlurm)
+    log = lab.wrap("srun", "")
+    lab.cluster.disable_steps()
+    fleet = lab.up(groups=2, more="[slurm]\nmax_launching = 2\nlaunch_timeout_s = 15\n")
+    waits = fleet.wait_event("waiting", "actor/1", 1)
+    assert "slurm.max_launching" in waits["message"]
+    assert len(log.calls()) == 2
+    assert all(".actor-0." in call for call in log.calls()), "first come, first served"
+    os.kill(fleet.coordinator(), signal.SIGKILL)
+    fleet.wait_event("takeover")
+    fleet.wait_event("launching", "actor/1", 2)
+    assert len(log.calls()) == 2
+    lab.cluster.heal()
+    wait_for("both groups", lambda: all(g.get("serving") for g in fleet.barrier()["groups"]), timeout_s=30)
+    assert len(log.calls()) == 4
+    assert fleet.group("actor/0")["incarnation"] == 1
+    assert fleet.group("actor/1")["incarnation"] == 2
+    assert_started_once(fleet)
+    assert [e["reason"] for e in fleet.events("failure")] == ["takeover"]
+    for group in ("actor/0", "actor/1"):
+        left = budget(fleet, group)["start_failures"]
+        assert left["left"] == left["of"]
+
+
+def test_a_process_that_does_not_die_holds_its_group_back_and_is_told_until_it_does(lab: Lab) -> None:
+    """On real Slurm until long after UnkillableStepTimeout: then the step is gone, and the process is not."""
+    fleet = lab.up(groups=2, pool="fence.timeout_s = 20")
+    lab.wait_ready()
+    survivors = engines(fleet, "actor/1")
+    with unkillable(fleet.engine("actor/0", 0)):
+        fleet.kill("actor/0", 1)
+        waits = wait_for("the cancel", lambda: "still ending on" in fleet.group("actor/0")["reason"] + told(fleet))
+        assert waits
+        if isinstance(lab, SlurmLab):
+            fleet.wait_event("stopped", "actor/0", 1, timeout_s=150)
+            busy = fleet.wait_event("fence_waits", "actor/0", 1, timeout_s=30)
+            assert "18000" in busy["message"]
+            assert "still accepts" in busy["message"] or "pid" in busy["message"]
+        heartbeats(fleet, 2)
+        assert not fleet.events("launching", "actor/0", 2)
+    fleet.wait_serving("actor/0", 2, timeout_s=120)
+    assert engines(fleet, "actor/1") == survivors
+    assert_started_once(fleet)
+
+
+def told(fleet: Fleet) -> str:
+    """Return what the barrier says of the whole."""
+    return str(fleet.barrier()["message"])
