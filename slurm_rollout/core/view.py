@@ -38,8 +38,8 @@ def status_document(
     """Return the content of `status.json`, JSON-ready.
 
     `now` and `wall` are the same moment, in seconds of the batch host's monotonic clock and in Unix time: how long ago
-    something was stays true when that host's clock was set. `seq` grows with every write. `time_left_s`: of the job; None
-    when it is not known or has no end.
+    something was stays true when that host's clock was set. `seq` grows with every write. `time_left_s`: of the job;
+    None when it is not known or has no end.
     """
 
     def unix(at: float | None) -> float | None:
