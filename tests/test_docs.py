@@ -215,6 +215,7 @@ ENTRIES = {
     "a_step_that_stays_completing_without_a_word_of_its_agent_is_waited_for": "A process that cannot be killed",
     "step_creation_that_is_disabled_for_a_while_is_waited_for_and_said": "Step creation is disabled",
     "an_scontrol_that_does_not_answer_is_asked_less_and_less_often": "Slurm does not answer",
+    "a_slurm_that_answers_again_is_seen_to_long_before_the_next_audit": "Slurm does not answer",
     "no_more_sruns_than_may_be_wait_for_their_steps_at_once": "A start takes its turn",
     "a_process_that_does_not_die_holds_its_group_back_and_is_told_until_it_does": "A process that cannot be killed",
     "a_wall_clock_that_jumps_by_hours_changes_nothing": "The clock was set",

@@ -216,7 +216,7 @@ def ended(ctx: Context, g: GroupState, step: StepObservation) -> bool | None:
     """
     if step.exit is not None:
         return True
-    if step.process in (Process.RUNNING, Process.QUEUED):
+    if step.process is Process.RUNNING:
         return False
     listing = ctx.obs.listing
     if step.exited_at is None or listing is None or listing.asked_at <= step.exited_at:

@@ -256,6 +256,27 @@ def test_an_scontrol_that_does_not_answer_is_asked_less_and_less_often(lab: Fake
     assert {group: engines(fleet, group) for group in survivors} == survivors
 
 
+@on_slurm
+def test_a_slurm_that_answers_again_is_seen_to_long_before_the_next_audit(lab: FakeLab) -> None:
+    """Every member died: whether the job goes on has to be known before anything is started."""
+    fleet = lab.up(groups=2)
+    lab.wait_ready()
+    bad = lab.cluster.home / "bad"
+    bad.touch()
+    lab.wrap("scontrol", f"if [ -e {bad} ]; then exit 1; fi")
+    for pid in [fleet.engine(group, 1) for group in ("actor/0", "actor/1")]:
+        os.kill(pid, signal.SIGKILL)
+    fleet.wait_event("blind")
+    heartbeats(fleet, 4)
+    assert not fleet.events("launching", "actor/0", 2)
+    assert "asking Slurm whether the job is ending" in lab.status()["text"]
+    bad.unlink()
+    for group in ("actor/0", "actor/1"):
+        fleet.wait_serving(group, 2, timeout_s=40)
+    fleet.wait_event("sighted")
+    assert_started_once(fleet)
+
+
 @on_fake
 def test_no_more_sruns_than_may_be_wait_for_their_steps_at_once(lab: FakeLab) -> None:
     """Nor are they lost, or started twice, when the coordinator dies with a queue."""
