@@ -97,7 +97,7 @@ def test_a_limited_rate_of_requests_makes_starts_slow_and_fails_none(strict: Slu
     cluster = strict
     with SlurmFleet(cluster) as fleet:
         more = "audit_s = 1\n[slurm]\nmax_launching = 4\n"
-        fleet.start(spec(cluster, fleet, groups=8, layout="nodes = 1\ngpus = 2\nmembers_per_node = 1", more=more))
+        fleet.start(spec(cluster, fleet, groups=8, layout="gpus = 2\nmembers_per_node = 1", more=more))
         wait_for("all groups", lambda: [g.get("serving") for g in fleet.barrier().get("groups", [])] == [True] * 8, 120)
         for group in ("actor/0", "actor/7"):
             fleet.kill(group, 0)
