@@ -156,6 +156,10 @@ class Fleet(RuleBasedStateMachine):
     def slurm_goes(self, blind: bool) -> None:
         self.world.blind = blind
 
+    @rule(crowded=st.booleans())
+    def sruns_wait_for_their_turn(self, crowded: bool) -> None:
+        self.world.crowded = crowded
+
     @rule()
     def slurm_is_asked(self) -> None:
         self.late_answer = self.world.snapshot()
@@ -375,7 +379,7 @@ class Fleet(RuleBasedStateMachine):
         w.deaf.clear()
         w.undying.clear()
         w.orphans.clear()
-        w.blind = False
+        w.blind = w.crowded = False
         w.ports_open.clear()
         self.forget_odd_sights()
         if not w.state.ending and not w.stop_signal and w.job is not Job.ENDING:

@@ -147,6 +147,7 @@ class World:
     probing: set[str] = field(default_factory=set)  # groups with a probe that stays on its way
     stop_signal: bool = False
     blind: bool = False  # Slurm does not answer
+    crowded: bool = False  # new sruns wait for their turn
     deaf: set[str] = field(default_factory=set)  # nodes whose agents do not hear signals
     undying: set[str] = field(default_factory=set)  # nodes where not even Slurm ends a step; its srun ends all the same
     orphans: set[Key] = field(default_factory=set)
@@ -229,10 +230,9 @@ class World:
 
     def _perform(self, action: Action, node: str) -> None:
         if isinstance(action, Launch):
-            self.launched += 1
-            pid = 100 + self.launched
-            self.steps[action.group, action.incarnation, node, action.sweep] = StepObservation(
-                node=node, sweep=action.sweep, process=Process.RUNNING, pid=pid, pid_started=pid
+            queued = StepObservation(node=node, sweep=action.sweep, process=Process.QUEUED)
+            self.steps[action.group, action.incarnation, node, action.sweep] = (
+                queued if self.crowded else self._begun(queued)
             )
             return
         for sweep in (False, True):
@@ -242,6 +242,9 @@ class World:
                 continue
             if isinstance(action, Cancel):
                 self._cancel(key, step)
+            elif isinstance(action, Stop) and step.process is Process.QUEUED:
+                record = ExitRecord(cause="stopped", message="it was not started yet")
+                self.steps[key] = replace(step, exit=record, process=Process.EXITED, exited_at=self.now)
             elif step.process is not Process.RUNNING or node in self.deaf:
                 continue
             elif isinstance(action, Snapshot):
@@ -252,6 +255,11 @@ class World:
             elif not sweep:
                 ranks = tuple(m.rank for m in self.plan.group(action.group).on(node))
                 self.steps[key] = replace(step, started=ranks, listening=ranks)
+
+    def _begun(self, step: StepObservation) -> StepObservation:
+        self.launched += 1
+        pid = 100 + self.launched
+        return replace(step, process=Process.RUNNING, pid=pid, pid_started=pid, launched_at=self.now)
 
     def _cancel(self, key: Key, step: StepObservation) -> None:
         """Slurm kills at once: no last word of the agent."""
@@ -305,6 +313,8 @@ class World:
             keys = self._watched(g)
             for key in keys:
                 step = self.steps[key]
+                if step.process is Process.QUEUED and not self.crowded:
+                    self.steps[key] = step = self._begun(step)
                 if step.process is not Process.RUNNING or step.exit is not None or step.node in self.deaf:
                     continue
                 if step.sweep:
