@@ -80,6 +80,9 @@ REACH_PERIOD_S, REACH_TIMEOUT_S = 1.0, 1.0
 QUERY_PAUSE_S = 1.0
 """Least pause between two questions of one kind to Slurm."""
 
+BLIND_PAUSE_S = 15.0
+"""It doubles with every question that gets no answer, up to this: a slurmctld that comes back meets all its clients."""
+
 
 @dataclass(slots=True)
 class _Reach:
@@ -140,6 +143,7 @@ class Coordinator:
         self._said: Mapping[str, NodeFacts] = {}  # of nodes, by Slurm
         self._said_at: float | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._unanswered: dict[str, int] = {}  # questions to Slurm -> how often in a row
         self._asked: dict[str, float] = {}
         self._listing: Listing | None = None
         self._listing_failed_at: float | None = None
@@ -273,6 +277,7 @@ class Coordinator:
         for action in decision.actions:
             self._act(action)
         self._steps.keep(self._state)
+        self._steps.start_queued()
         self._prober.pause({g.id for g in self._plan.groups if g.pool in self._state.paused})
         self._prober.set_targets(self._targets())
         self._find_out(decision, obs)
@@ -384,7 +389,8 @@ class Coordinator:
         audit = obs.now >= self._audit_at
         if audit:
             self._audit_at = obs.now + self._plan.audit_s
-        if wants.listing or audit:
+        # Slurm alone can say that it answers again, and somebody may look at `status` to see that.
+        if wants.listing or audit or self._state.blind_since is not None:
             self._ask("listing", self._list)
         if wants.job or audit or self._job_end_unasked:
             self._job_end_unasked = False
@@ -397,9 +403,19 @@ class Coordinator:
     def _ask(self, name: str, question: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Ask Slurm, unless the same question is under way or was asked just now."""
         now = monotonic()
-        if name not in self._tasks and now - self._asked.get(name, -QUERY_PAUSE_S) >= QUERY_PAUSE_S:
+        pause_s = min(QUERY_PAUSE_S * 2.0 ** min(self._unanswered.get(name, 0), 10), BLIND_PAUSE_S)
+        if self._state.ending:  # the drain has a limit
+            pause_s = QUERY_PAUSE_S
+        if name not in self._tasks and now - self._asked.get(name, -BLIND_PAUSE_S) >= pause_s:
             self._asked[name] = now
             self._begin(name, question())
+
+    def _note_answer(self, name: str, error: Unobservable | None = None) -> None:
+        """Note that Slurm answered a question, or that it did not."""
+        self._unanswered[name] = 0 if error is None else self._unanswered.get(name, 0) + 1
+        if error is not None:
+            self._listing_failed_at = self._asked[name] = monotonic()
+            log.warning("%s", error)
 
     def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` beside the loop, once at a time per name."""
@@ -420,8 +436,9 @@ class Coordinator:
         try:
             self._listing = await self._backend.listing()
         except Unobservable as e:
-            self._listing_failed_at = monotonic()
-            log.warning("%s", e)
+            self._note_answer("listing", e)
+        else:
+            self._note_answer("listing")
 
     async def _look_at_job(self) -> None:
         asked_at = monotonic()
@@ -433,8 +450,9 @@ class Coordinator:
             self._job_ends_at = None if left_s is None else monotonic() + left_s
         except Unobservable as e:
             self._job = Job.UNKNOWN  # its end stays what it was known to be
-            self._listing_failed_at = monotonic()
-            log.warning("%s", e)
+            self._note_answer("job", e)
+        else:
+            self._note_answer("job")
         self._job_asked_at = asked_at
 
     async def _ask_of_nodes(self) -> None:
@@ -442,9 +460,9 @@ class Coordinator:
         try:
             self._said = await self._backend.nodes(self._plan.nodes)
         except Unobservable as e:
-            self._listing_failed_at = monotonic()
-            log.warning("%s", e)
+            self._note_answer("nodes", e)
         else:
+            self._note_answer("nodes")
             self._said_at = asked_at
 
     async def _try_nodes(self, names: Sequence[str]) -> None:

@@ -163,6 +163,7 @@ class Slurm(Table):
     srun_args: list[str] = []
     gpu_option: Literal["gres", "gpus-per-node", "none"] = "gres"
     launch_timeout_s: Seconds = 120.0
+    max_launching: Count = 32
     command_timeout_s: Seconds = 90.0
     python: str = ""
     agent: Annotated[str, Field(pattern=r"^(/.*)?$")] = ""

@@ -34,13 +34,18 @@ from slurm_rollout.core.model import (
 from slurm_rollout.core.names import MARK, mark, step_name
 from slurm_rollout.core.placeholders import command_line
 from slurm_rollout.core.plan import FleetPlan, GroupPlan, Member
-from slurm_rollout.core.srun_words import last_words
+from slurm_rollout.core.srun_words import PUT_OFF, last_words
 from slurm_rollout.rundir import RunDir
 
 log = logging.getLogger("slurm_rollout")
 
 # One string of an environment may not be longer on Linux (MAX_ARG_STRLEN).
 _ENVIRON_LIMIT = 128 * 1024
+
+_TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
+
+LAUNCH_S = 10.0
+"""An srun that has been silent for so long has its step: a container that is made there may take minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class _Step:
     pid_started: int = 0
     popen: subprocess.Popen[bytes] | None = None
     pidfd: int | None = None
+    launched_at: float | None = None
     exited_at: float | None = None
     exit_code: int | None = None
     offset: int = 0
@@ -113,32 +119,51 @@ class Steps:
     # ------------------------------------------------------------------------------------------------ start and adopt
 
     def launch(self, action: Launch) -> None:
-        """Start the steps. One that cannot even be started is observed as a process that ended."""
-        group = self._plan.group(action.group)
+        """Start the steps, or let those wait for their turn that are too many at once (`start_queued`)."""
         for node in action.nodes:
             key = Key(action.group, action.incarnation, node, action.sweep)
-            step = self._new(key)
-            self._steps[key] = step
-            argv = self._backend.argv(self._plan, group, node, action.incarnation, sweep=action.sweep)
-            try:
-                step.reports.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                environ = self._environ(group, key)
-                with open(step.reports, "wb", opener=_private) as out, open(step.stderr, "wb", opener=_private) as err:
-                    step.popen = subprocess.Popen(
-                        argv,
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=err,
-                        env=environ,
-                        start_new_session=True,
-                        umask=self._umask,  # srun hands it on to the engines
-                    )
-            except (OSError, ValueError) as e:
-                step.process, step.exited_at, step.exit_code = Process.EXITED, monotonic(), 127
-                with contextlib.suppress(OSError):
-                    step.stderr.write_text(f"{argv[0]} could not be started: {e}\n", encoding="utf-8")
-                continue
-            self._hold(step, step.popen.pid)
+            self._steps.pop(key, None)  # an earlier sweep; the new one comes last
+            self._steps[key] = self._new(key)
+            self._steps[key].process = Process.QUEUED
+        self.start_queued()
+
+    def start_queued(self) -> None:
+        """Start as many of the steps that wait as may be launched now, first come, first served.
+
+        Each costs slurmctld two RPCs; where a site limits them (23.02), the default is a burst of 30 and 2 a second.
+        A coordinator that dies meanwhile leaves intents without a process: nothing is lost, nothing is started twice.
+        """
+        queued = [step for step in self._steps.values() if step.process is Process.QUEUED]
+        if queued:
+            now = monotonic()
+            room = self._plan.slurm.max_launching - sum(_is_launching(step, now) for step in self._steps.values())
+            for step in queued[: max(0, room)]:
+                self._start(step)
+
+    def _start(self, step: _Step) -> None:
+        """Start the process. One that cannot even be started is observed as a process that ended."""
+        key = step.key
+        group = self._plan.group(key.group)
+        argv = self._backend.argv(self._plan, group, key.node, key.incarnation, sweep=key.sweep)
+        try:
+            step.reports.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            environ = self._environ(group, key)
+            with open(step.reports, "wb", opener=_private) as out, open(step.stderr, "wb", opener=_private) as err:
+                step.popen = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    env=environ,
+                    start_new_session=True,
+                    umask=self._umask,  # srun hands it on to the engines
+                )
+        except (OSError, ValueError) as e:
+            step.process, step.exited_at, step.exit_code = Process.EXITED, monotonic(), 127
+            with contextlib.suppress(OSError):
+                step.stderr.write_text(f"{argv[0]} could not be started: {e}\n", encoding="utf-8")
+            return
+        self._hold(step, step.popen.pid)
 
     def adopt(self, state: RunState, exits: Mapping[tuple[int, int], int]) -> None:
         """Find the steps that an earlier coordinator of this run started.
@@ -180,6 +205,8 @@ class Steps:
         found = proc.read(pid)
         step.process, step.pid = Process.RUNNING, pid
         step.pid_started = found.started if found is not None else 0
+        # The kernel counts from boot, as our clock does: so an adopted one has it, too.
+        step.launched_at = found.started * _TICK_S if found is not None else monotonic()
         try:
             step.pidfd = os.pidfd_open(pid)
         except OSError:
@@ -200,6 +227,8 @@ class Steps:
 
     def signal(self, action: Go | Snapshot | Stop) -> None:
         """Tell the agents, through their holders: srun forwards USR1 and USR2 to its task."""
+        if isinstance(action, Stop):
+            self._drop_queued(action)
         number = signal.SIGUSR1 if isinstance(action, Stop) else signal.SIGUSR2
         living = [
             step.pid
@@ -209,6 +238,14 @@ class Steps:
         for pid in living:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    def _drop_queued(self, action: Stop) -> None:
+        """What still waits for its turn has ended before it began."""
+        for step in self._of(action):
+            if step.process is Process.QUEUED:
+                step.process, step.exited_at = Process.EXITED, monotonic()
+                step.exit = ExitRecord(cause="stopped", message="it was not started yet")
+                self._wake()
 
     def refs(self, action: Cancel) -> list[StepRef]:
         """Return what the backend needs to cancel these steps."""
@@ -262,6 +299,8 @@ class Steps:
             self._unwatch(step)
 
     def _look(self, step: _Step) -> bool:
+        if step.process is Process.QUEUED:  # the files may be there, of an earlier sweep
+            return False
         changed = False
         if step.process is Process.RUNNING:
             if step.popen is not None:
@@ -369,6 +408,13 @@ class Steps:
         }
 
 
+def _is_launching(step: _Step, now: float) -> bool:
+    """Tell whether its srun may still be asking for a step."""
+    if step.process is not Process.RUNNING or step.spoke or step.launched_at is None:
+        return False
+    return now - step.launched_at < LAUNCH_S or PUT_OFF in step.words
+
+
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
@@ -432,6 +478,7 @@ def _observation(step: _Step) -> StepObservation:
         process=step.process,
         pid=step.pid,
         pid_started=step.pid_started,
+        launched_at=step.launched_at,
         exited_at=step.exited_at,
         exit_code=step.exit_code,
         stderr=stderr,

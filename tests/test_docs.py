@@ -221,6 +221,19 @@ ENTRIES = {
     "an_engine_that_ends_before_it_is_ready_costs_one_start_failure": "A start that crashes until the budget is spent",
     "a_restart_that_a_person_asks_for_is_of_the_operators_class": "Drained, stopped, restarted by people",
     "a_step_that_slurm_refuses_costs_a_start_failure_and_waits_first": "Slurm refuses a step",
+    "a_controller_that_is_away_in_any_phase_costs_only_time": "Slurm does not answer",
+    "a_controller_that_goes_away_between_launch_and_go_keeps_no_group_from_its_start": "Slurm does not answer",
+    "a_run_that_is_stopped_while_the_controller_is_away_ends_its_engines_at_once": "Slurm does not answer",
+    "a_scancel_that_has_no_effect_is_given_up_repeated_and_never_run_twice_at_once": "A process that cannot be killed",
+    "steps_that_stay_completing_delay_no_recovery": "A process that cannot be killed",
+    "a_step_that_stays_completing_without_a_word_of_its_agent_is_waited_for": "A process that cannot be killed",
+    "step_creation_that_is_disabled_for_a_while_is_waited_for_and_said": "Step creation is disabled",
+    "an_scontrol_that_does_not_answer_is_asked_less_and_less_often": "Slurm does not answer",
+    "a_slurm_that_answers_again_is_seen_to_long_before_the_next_audit": "Slurm does not answer",
+    "no_more_sruns_than_may_be_wait_for_their_steps_at_once": "A start takes its turn",
+    "a_process_that_does_not_die_holds_its_group_back_and_is_told_until_it_does": "A process that cannot be killed",
+    "a_wall_clock_that_jumps_by_hours_changes_nothing": "The clock was set",
+    "a_step_that_slurm_lost_while_it_lives_on_is_fenced_by_its_port": "A port is held",
 }
 """Test of the scenarios, without `test_`: the entry in docs/troubleshooting.md for the failure that it does."""
 

@@ -547,6 +547,43 @@ def test_an_agent_that_never_speaks_fails_the_start_at_the_launch_time_out_and_n
     assert {a.nodes for a in w.actions(Stop)} == {("n0", "n1")}
 
 
+def test_the_launch_time_out_begins_when_the_last_srun_was_started_and_not_before() -> None:
+    w = starting()
+    w.change(G, "n0", spoke=True, fenced=True)
+    w.change(G, "n1", process=Process.QUEUED, pid=None)
+    decision = w.tick(10 * w.plan.slurm.launch_timeout_s)
+    assert phase(w) is P.STARTING
+    assert w.group().message == "its turn has not come: slurm.max_launching other sruns wait for their steps"
+    assert [e.message for e in decision.events] == [w.group().message]
+    assert not decision.wants.listing
+    assert decision.wake_at is None
+    w.change(G, "n1", process=Process.RUNNING, pid=9, launched_at=w.now)
+    began = w.now
+    assert w.tick().wake_at == began + w.plan.slurm.launch_timeout_s
+    assert w.group().message == ""
+    w.tick(w.plan.slurm.launch_timeout_s - 0.1)
+    assert phase(w) is P.STARTING
+    w.tick(0.2)
+    failure = w.group().failure
+    assert failure is not None
+    assert failure.message == "no word from the agent on n1 for 120 s"
+
+
+def test_a_step_whose_turn_has_not_come_is_neither_ended_nor_asked_about() -> None:
+    w = starting()
+    w.change(G, "n0", exit=ExitRecord(cause="port_busy", message="held by pid 3"), process=Process.EXITED)
+    w.change(G, "n1", process=Process.QUEUED, pid=None)
+    w.blind = True
+    decision = w.tick()
+    assert decision.actions == (Stop(group=G, incarnation=1, nodes=("n1",)),)
+    assert not decision.wants.listing
+    w.tick()
+    assert phase(w) is P.STOPPING
+    w.change(G, "n1", exit=ExitRecord(cause="stopped", message="not started"), process=Process.EXITED)
+    w.tick()
+    assert phase(w) is not P.STOPPING
+
+
 def test_an_agent_that_speaks_and_never_fences_fails_the_start_after_the_fence_time_out_more() -> None:
     w = starting(fence=FencePolicy(timeout_s=50.0))
     w.change(G, "n0", spoke=True, fenced=True)

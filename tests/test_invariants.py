@@ -58,6 +58,21 @@ def without_sweeps_pids(run: RunState) -> RunState:
     return replace(run, groups=tuple(groups))
 
 
+def without_wall(run: RunState) -> RunState:
+    """Leave out what is only shown to people: times of a clock that somebody may set."""
+    groups = [
+        replace(
+            g,
+            since_wall=0.0,
+            failure=None if g.failure is None else replace(g.failure, wall=0.0),
+            charge=None if g.charge is None else replace(g.charge, wall=0.0),
+        )
+        for g in run.groups
+    ]
+    nodes = tuple(replace(n, since_wall=0.0) for n in run.nodes)
+    return replace(run, groups=tuple(groups), nodes=nodes)
+
+
 class Fleet(RuleBasedStateMachine):
     world: World
     placed: FleetPlan
@@ -171,6 +186,10 @@ class Fleet(RuleBasedStateMachine):
     @rule(blind=st.booleans())
     def slurm_goes(self, blind: bool) -> None:
         self.world.blind = blind
+
+    @rule(crowded=st.booleans())
+    def sruns_wait_for_their_turn(self, crowded: bool) -> None:
+        self.world.crowded = crowded
 
     @rule()
     def slurm_is_asked(self) -> None:
@@ -292,6 +311,9 @@ class Fleet(RuleBasedStateMachine):
     def the_decision_repeats_itself_and_then_rests(self, before: RunState, obs: Observation, made: Decision) -> None:
         plan = self.world.plan
         assert decide(plan, before, obs) == made
+        # Whatever the wall clock says: somebody may set it, by hours and in either direction.
+        elsewhere = decide(plan, without_wall(before), replace(obs, wall=obs.wall - 40_000.0))
+        assert replace(elsewhere, state=without_wall(elsewhere.state)) == replace(made, state=without_wall(made.state))
         obs = replace(obs, requests=())
         last = made
         for _ in before.groups:  # each may have moved, or wait for a node no longer: that goes on at once
@@ -422,7 +444,7 @@ class Fleet(RuleBasedStateMachine):
         w.deaf.clear()
         w.undying.clear()
         w.orphans.clear()
-        w.blind = False
+        w.blind = w.crowded = False
         w.cut = {n for n, word in w.words.items() if word is NodeWord.GONE}
         w.words = {n: word for n, word in w.words.items() if word is NodeWord.GONE}
         w.ports_open.clear()

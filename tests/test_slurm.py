@@ -11,7 +11,7 @@ import pytest
 from slurm_rollout import proc
 from slurm_rollout.testing.fleet import SlurmFleet, stub_spec, wait_for
 from slurm_rollout.testing.slurm_cluster import SlurmCluster
-from tests.conftest import FAILED
+from tests.conftest import FAILED, show_logs
 
 pytestmark = pytest.mark.slurm
 
@@ -79,6 +79,57 @@ def test_a_controller_that_is_away_during_a_recovery_costs_only_time(
     status = json.loads(fleet.run.status.read_text())
     budget = next(g for g in status["groups"] if g["id"] == "actor/0")["budget"]
     assert budget["start_failures"]["left"] == budget["start_failures"]["of"], "a blind Slurm is charged to nobody"
+
+
+@pytest.fixture
+def strict(real_slurm: None, request: pytest.FixtureRequest) -> Iterator[SlurmCluster]:
+    """A cluster that limits each user to a burst of 8 requests and one a second after that."""
+    made = SlurmCluster(conf_lines=["SlurmctldParameters=rl_enable,rl_bucket_size=8,rl_refill_rate=1"])
+    with made as cluster:
+        if cluster.slurm_version < (23, 2):
+            pytest.skip(f"Slurm {cluster.slurm_version} limits nobody: that came with 23.02")
+        yield cluster
+        if request.node.stash.get(FAILED, False):
+            show_logs(cluster)
+
+
+def test_a_limited_rate_of_requests_makes_starts_slow_and_fails_none(strict: SlurmCluster) -> None:
+    cluster = strict
+    with SlurmFleet(cluster) as fleet:
+        more = "audit_s = 1\n[slurm]\nmax_launching = 4\n"
+        fleet.start(spec(cluster, fleet, groups=8, layout="gpus = 2\nmembers_per_node = 1", more=more))
+        wait_for("all groups", lambda: [g.get("serving") for g in fleet.barrier().get("groups", [])] == [True] * 8, 120)
+        for group in ("actor/0", "actor/7"):
+            fleet.kill(group, 0)
+            fleet.wait_serving(group, 2, timeout_s=60)
+        assert len(fleet.events("failure")) == 2
+        log = (cluster.logs / "slurmctld.ctl.log").read_text()
+        assert "RPC rate limit exceeded" in log
+    cluster.wait_job(fleet.job, "CANCELLED", timeout_s=90)
+
+
+def test_without_munged_what_runs_goes_on_and_slurm_counts_as_silent(
+    cluster: SlurmCluster, fleet: SlurmFleet[SlurmCluster]
+) -> None:
+    """So it is also where clocks are too far apart: every command is refused, and no signal of srun arrives."""
+    fleet.start(spec(cluster, fleet, groups=2, more="audit_s = 1\n"))
+    fleet.wait_phase("ready")
+    survivor = fleet.engine("actor/1", 0)
+    cluster.stop_munged()
+    fleet.wait_event("blind", timeout_s=60)
+    fleet.kill("actor/0", 1)
+    fleet.wait_event("failure", "actor/0", 1)
+    seq = fleet.barrier()["seq"]
+    wait_for("heartbeats", lambda: fleet.barrier()["seq"] > seq + 10)
+    assert not fleet.events("launching", "actor/0", 2)
+    cluster.start_munged()
+    fleet.wait_event("sighted", timeout_s=90)
+    wait_for("both groups", lambda: all(g["serving"] for g in fleet.barrier()["groups"]), timeout_s=90)
+    assert fleet.engine("actor/1", 0) == survivor
+    status = json.loads(fleet.run.status.read_text())
+    for group in status["groups"]:
+        left = group["budget"]["start_failures"]
+        assert left["left"] == left["of"], "a Slurm that nobody can talk to is charged to nobody"
 
 
 def test_a_step_that_somebody_cancels_is_a_failure_of_its_group(

@@ -601,6 +601,124 @@ def test_steps_that_no_group_has_any_more_are_forgotten_once_they_ended(lab: Lab
     in_loop(lab, work)
 
 
+# --------------------------------------------------------------------------------------------------------------- queue
+
+
+def at_most(lab: Lab, most: int) -> None:
+    lab.plan = replace(lab.plan, slurm=replace(lab.plan.slurm, max_launching=most))
+
+
+def test_what_is_too_much_at_once_waits_for_its_turn_and_is_started_when_an_agent_speaks(lab: Lab) -> None:
+    at_most(lab, 1)
+    lab.backend.script(OBEYS, "0")
+
+    async def work(steps: Steps) -> None:
+        steps.launch(launch())
+        assert (seen(steps).process, seen(steps, "n1").process) == (Process.RUNNING, Process.QUEUED)
+        assert seen(steps, "n1") == StepObservation(node="n1", process=Process.QUEUED, pause=None)
+        steps.start_queued()
+        assert len(lab.pids()) <= 1
+        await until(steps, lambda: seen(steps).spoke)
+        steps.start_queued()
+        assert seen(steps, "n1").process is Process.RUNNING
+        began = seen(steps).launched_at, seen(steps, "n1").launched_at
+        assert None not in began
+        await until(steps, lambda: seen(steps, "n1").spoke)
+
+    in_loop(lab, work)
+
+
+def test_a_launch_that_ended_makes_room_and_so_does_one_that_has_been_silent_for_long(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_most(lab, 1)
+    lab.backend.script(ENDS, "1", "no", node="n0")
+
+    async def work(steps: Steps) -> None:
+        steps.launch(launch("n0"))
+        steps.launch(launch("n1"))
+        steps.launch(launch("n0", sweep=True))
+        await until(steps, lambda: seen(steps).process is Process.EXITED)
+        steps.start_queued()
+        assert seen(steps, "n1").process is Process.RUNNING, "first come, first served"
+        assert seen(steps, sweep=True).process is Process.QUEUED
+        monkeypatch.setattr("slurm_rollout.steps.LAUNCH_S", 0.0)
+        steps.start_queued()
+        assert seen(steps, sweep=True).process is not Process.QUEUED
+        await until(steps, lambda: seen(steps, sweep=True).process is Process.EXITED)
+
+    in_loop(lab, work)
+
+
+def test_an_srun_that_says_that_its_step_is_put_off_gives_no_room(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_most(lab, 1)
+    said = "srun: Job 1 step creation temporarily disabled, retrying (Requested nodes are busy)\n"
+    lab.backend.script("import sys, time; sys.stderr.write(sys.argv[1]); sys.stderr.flush(); time.sleep(600)", said)
+    monkeypatch.setattr("slurm_rollout.steps.LAUNCH_S", 0.0)
+
+    async def work(steps: Steps) -> None:
+        steps.launch(launch("n0"))
+        await until(steps, lambda: "put" in seen(steps).stderr or "disabled" in seen(steps).stderr)
+        steps.launch(launch("n1"))
+        assert seen(steps, "n1").process is Process.QUEUED
+
+    in_loop(lab, work)
+
+
+def test_what_is_stopped_before_its_turn_has_ended_and_is_never_started(lab: Lab) -> None:
+    at_most(lab, 1)
+
+    async def work(steps: Steps) -> None:
+        steps.launch(launch())
+        steps.signal(stop("n1"))
+        assert lab.woken.is_set()
+        assert seen(steps, "n1").exit == ExitRecord(cause="stopped", message="it was not started yet")
+        pid = seen(steps).pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await until(steps, lambda: seen(steps).process is Process.EXITED)
+        steps.start_queued()
+        assert seen(steps, "n1").process is Process.EXITED
+        assert not lab.pids()
+
+    in_loop(lab, work)
+
+
+def test_a_sweep_in_the_queue_is_not_judged_by_the_reports_of_the_one_before(lab: Lab) -> None:
+    at_most(lab, 1)
+    lab.backend.script(ENDS, "0", "", node="n0")
+
+    async def work(steps: Steps) -> None:
+        steps.launch(launch("n0", sweep=True))
+        await until(steps, lambda: seen(steps, sweep=True).process is Process.EXITED)
+        lab.say({"report": "exit", "cause": "swept", "message": "nothing"}, sweep=True)
+        steps.launch(launch("n1"))
+        steps.launch(launch("n0", sweep=True))
+        steps.read()
+        assert seen(steps, sweep=True) == StepObservation(node="n0", sweep=True, process=Process.QUEUED, pause=None)
+
+    in_loop(lab, work)
+
+
+def test_a_coordinator_that_dies_with_a_queue_leaves_intents_that_nobody_takes_for_running(lab: Lab) -> None:
+    at_most(lab, 1)
+
+    async def work(steps: Steps) -> None:
+        steps.launch(launch())
+        first = seen(steps)
+        steps.detach()
+        successor = lab.steps()
+        successor.adopt(state(known(first), StepState(node="n1")), {})
+        assert (seen(successor).process, seen(successor).launched_at) == (Process.RUNNING, first.launched_at)
+        assert seen(successor, "n1").process is Process.UNKNOWN
+        assert seen(successor, "n1").exited_at is not None
+        successor.start_queued()
+        assert len(lab.pids()) <= 1
+        successor.detach()
+
+    in_loop(lab, work)
+
+
 # --------------------------------------------------------------------------------------------------------------- adopt
 
 

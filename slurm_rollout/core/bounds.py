@@ -28,6 +28,7 @@ class Bound:
     snapshot_s: float  # after a hang: the agents' look at what its processes are doing
     stop_s: float  # grace, then scancel, then the proof that every step ended
     fence_s: float  # the coordinator's look at the ports, then the agents' proof on their nodes
+    # Where more than `max_launching` steps of the run start at once, some wait for their turn in addition.
     start_s: float  # srun until its agent speaks, then the engine's own start
     verify_s: float  # a readiness request that was sent just before the start-up's time was over
     backoff_s: float  # not in the total: what a group with failures just behind it can wait in addition

@@ -170,13 +170,23 @@ def _silent_end(g: GroupState, step: StepObservation) -> tuple[Reason, str, bool
     return Reason.LAUNCH_FAILED, f"no step was launched, srun ended with {step.exit_code}{words}", not unanswered
 
 
+def launch_began_at(g: GroupState, seen: GroupObservation) -> float | None:
+    """Return from when on the launch may take as long as it may: the start of its last srun; None before that."""
+    if any(s.process is Process.QUEUED for s in seen.steps):
+        return None
+    return max((s.launched_at for s in seen.steps if s.launched_at is not None), default=g.since)
+
+
 def _late(
     plan: FleetPlan, group: GroupPlan, g: GroupState, seen: GroupObservation, obs: Observation
 ) -> tuple[Reason, str, StepObservation | None] | None:
     """What takes too long, and the step that keeps it waiting where it is one that has not even begun."""
     pool = plan.pool(group.pool)
     if g.go_sent_at is None:
-        waited = obs.now - g.since
+        began_at = launch_began_at(g, seen)
+        if began_at is None:
+            return None
+        waited = obs.now - began_at
         silent = [s for s in seen.steps if not s.spoke]
         limit = plan.slurm.launch_timeout_s
         if silent and waited >= limit:

@@ -12,7 +12,7 @@ from typing import Any
 
 from slurm_rollout.core import restart
 from slurm_rollout.core.failure_classes import RULES, FailureClass
-from slurm_rollout.core.failures import find_failure
+from slurm_rollout.core.failures import find_failure, launch_began_at
 from slurm_rollout.core.model import (
     Action,
     Cancel,
@@ -70,6 +70,8 @@ BLIND_ECHO_S = 60.0
 
 SRUN_SILENT_S = 2.0
 """What srun prints is worth a message once no agent has spoken for so long."""
+
+IN_THE_QUEUE = "its turn has not come: slurm.max_launching other sruns wait for their steps"
 
 SWEEP_AFTER_S = 1.0
 """A port that still accepts connections this long after everything ended is worth a step that looks why."""
@@ -414,6 +416,8 @@ def _starting(ctx: Context, g: GroupState, out: Out) -> GroupState:
     if g.go_sent_at is None:
         waiting_for = next((f"{s.node}: {s.waiting_for}" for s in steps if s.waiting_for and not s.fenced), "")
         words = next((f"{s.node}: srun says: {s.stderr}" for s in steps if s.stderr and not s.spoke), "")
+        if not words and any(s.process is Process.QUEUED for s in steps):
+            words = IN_THE_QUEUE
         if words and now < g.since + SRUN_SILENT_S:
             out.wake(g.since + SRUN_SILENT_S)
             words = ""
@@ -423,8 +427,10 @@ def _starting(ctx: Context, g: GroupState, out: Out) -> GroupState:
             waiting_for = waiting_for or words
             g = replace(g, message=waiting_for)
         if len(steps) < len(ctx.group.nodes) or not all(s.fenced for s in steps):
-            limit = g.since + ctx.plan.slurm.launch_timeout_s
-            out.wake(limit if now < limit else limit + ctx.pool.fence.timeout_s)
+            began_at = launch_began_at(g, ctx.seen)
+            if began_at is not None:
+                limit = began_at + ctx.plan.slurm.launch_timeout_s
+                out.wake(limit if now < limit else limit + ctx.pool.fence.timeout_s)
             return g
         launched = g.marks.launched_at if g.marks.launched_at is not None else now
         out.events.append(event(g, "go", "every node is fenced", launch_s=round(now - launched, 3)))
@@ -617,7 +623,7 @@ def _not_ended(ctx: Context, g: GroupState, steps: Any, out: Out) -> list[StepOb
         if ended(ctx, g, step) is True or step.node in ctx.lost:
             continue
         living.append(step)
-        if step.process is not Process.RUNNING:
+        if step.process not in (Process.RUNNING, Process.QUEUED):
             out.want_listing = True
             asked_at = ctx.obs.node(step.node).asked_at
             fresh = asked_at is not None and step.exited_at is not None and asked_at > step.exited_at

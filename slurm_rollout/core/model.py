@@ -198,6 +198,7 @@ class Process(StrEnum):
 
     RUNNING = "running"
     EXITED = "exited"
+    QUEUED = "queued"  # it is not started yet: as many as may are being launched
     UNKNOWN = "unknown"  # the process of an intent was not found, or not looked for yet
 
 
@@ -224,6 +225,7 @@ class StepObservation:
     process: Process = Process.UNKNOWN
     pid: int | None = None
     pid_started: int = 0
+    launched_at: float | None = None  # when the process was started
     exited_at: float | None = None  # when the process was first seen gone, or looked for and not found
     exit_code: int | None = None
     stderr: str = ""  # the last lines srun wrote: while its agent has not spoken, and when it left no word

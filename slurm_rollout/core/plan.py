@@ -215,6 +215,7 @@ class SlurmSettings:
     srun_args: tuple[str, ...] = ()  # the user's own, put last
     gpu_option: str = "gres"  # "gres", "gpus-per-node" or "none"
     launch_timeout_s: float = 120.0  # srun started -> its agent spoke
+    max_launching: int = 32  # sruns at once that wait for their step; a site limits a user to a burst of 30, say
     command_timeout_s: float = 90.0  # every other command; clients retry for a minute by themselves
     python: str = ""  # interpreter for the agent on the nodes; empty: the coordinator's own
     agent: str = ""  # path of an agent that is installed on the nodes; empty: the run's own copy

@@ -38,8 +38,9 @@ def status_document(
 ) -> dict[str, object]:
     """Return the content of `status.json`, JSON-ready.
 
-    `now` and `wall` are the same moment, in seconds of the batch host's monotonic clock and in Unix time. `seq` grows
-    with every write. `time_left_s`: of the job; None when it is not known or has no end.
+    `now` and `wall` are the same moment, in seconds of the batch host's monotonic clock and in Unix time: how long ago
+    something was stays true when that host's clock was set. `seq` grows with every write. `time_left_s`: of the job;
+    None when it is not known or has no end.
     """
 
     used = {m.node for g in plan.groups for m in g.members} | {n.name for n in state.nodes if n.excluded}
@@ -139,7 +140,7 @@ def _group(plan: FleetPlan, state: RunState, g: GroupState, *, now: float, wall:
         "id": g.id,
         "pool": planned.pool,
         "phase": g.phase.value,
-        "since": round(g.since_wall, 3),
+        "since": round(wall - (now - g.since), 3),
         "reason": g.reason.value,
         "message": _public(g.message),
         "incarnation": g.incarnation,
@@ -151,7 +152,7 @@ def _group(plan: FleetPlan, state: RunState, g: GroupState, *, now: float, wall:
             "start_failures": _left(g.start_failures, pool, pool.restart.max_start_failures, now),
         },
         "next": {"action": action, "at": None if at is None else round(wall + (at - now), 3)},
-        "failure": None if g.failure is None else _failure(g.failure),
+        "failure": None if g.failure is None else _failure(g.failure, now=now, wall=wall),
         "nodes": list(planned.nodes),
         "slow": g.slow,
         "weights": weights(pool, state, g),
@@ -163,7 +164,7 @@ def _left(failures: tuple[float, ...], pool: PoolPlan, limit: int, now: float) -
     return {"left": max(0, limit - len(recent(failures, pool.restart, now))), "of": limit}
 
 
-def _failure(failure: Failure) -> dict[str, object]:
+def _failure(failure: Failure, *, now: float, wall: float) -> dict[str, object]:
     return {
         "incarnation": failure.incarnation,
         "reason": failure.reason.value,
@@ -172,7 +173,7 @@ def _failure(failure: Failure) -> dict[str, object]:
         "message": _public(failure.message),
         "rank": failure.rank,
         "node": failure.node,
-        "at": round(failure.wall, 3),
+        "at": round(wall - (now - failure.at), 3),
     }
 
 

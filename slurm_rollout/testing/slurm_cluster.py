@@ -205,9 +205,7 @@ class SlurmCluster:
             self._boot(name)
         self._wire()
         self._write_enter()
-        munge = {"key-file": "munge/key", "socket": "munge/socket", "seed-file": "munge/seed"}
-        munge |= {"pid-file": f"munged.{CONTROLLER}.pid", "log-file": f"log/munged.{CONTROLLER}.log"}
-        self._daemon(CONTROLLER, "munged", *(f"--{option}={self.root / path}" for option, path in munge.items()))
+        self.start_munged()
         # -c forgets all state: right for the first start only.
         self._daemon(CONTROLLER, "slurmctld", "-c", "-f", str(self.conf))
         for node in self.nodes:
@@ -535,8 +533,21 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE Sta
         self._daemon(CONTROLLER, "slurmctld", "-f", str(self.conf))
         self._wait_controller()
 
+    def stop_munged(self) -> None:
+        """End the one munged that all hosts use: every command is refused, as where clocks are minutes apart."""
+        self._signal(CONTROLLER, "munged", "TERM")
+        wait_until("munged ended", lambda: self._daemon_pid(CONTROLLER, "munged") is None, timeout_s=10)
+
+    def start_munged(self) -> None:
+        """Start munged, or start it again."""
+        munge = {"key-file": "munge/key", "socket": "munge/socket", "seed-file": "munge/seed"}
+        munge |= {"pid-file": f"munged.{CONTROLLER}.pid", "log-file": f"log/munged.{CONTROLLER}.log"}
+        self._daemon(CONTROLLER, "munged", *(f"--{option}={self.root / path}" for option, path in munge.items()))
+
     def heal(self) -> None:
         """Undo every fault above, and have Slurm see at once that the nodes are back."""
+        if not self._daemon_pid(CONTROLLER, "munged"):
+            self.start_munged()
         if self._daemon_pid(CONTROLLER, "slurmctld"):
             self.thaw_controller()
         else:

@@ -156,6 +156,7 @@ class World:
     end_is_near: bool = False
     job_ends_at: float | None = None
     blind: bool = False  # Slurm does not answer
+    crowded: bool = False  # new sruns wait for their turn
     deaf: set[str] = field(default_factory=set)  # nodes whose agents do not hear signals
     undying: set[str] = field(default_factory=set)  # nodes where not even Slurm ends a step; its srun ends all the same
     orphans: set[Key] = field(default_factory=set)
@@ -271,13 +272,10 @@ class World:
 
     def _perform(self, action: Launch | Go | Snapshot | Stop | Cancel, node: str) -> None:
         if isinstance(action, Launch):
-            self.launched += 1
-            pid = 100 + self.launched
             key = (action.group, action.incarnation, node, action.sweep)
             self.names[key] = step_name(self.placed, *key[:3], sweep=action.sweep)
-            self.steps[action.group, action.incarnation, node, action.sweep] = StepObservation(
-                node=node, sweep=action.sweep, process=Process.RUNNING, pid=pid, pid_started=pid
-            )
+            queued = StepObservation(node=node, sweep=action.sweep, process=Process.QUEUED)
+            self.steps[key] = queued if self.crowded else self._begun(queued)
             return
         for sweep in (False, True):
             key = (action.group, action.incarnation, node, sweep)
@@ -286,6 +284,9 @@ class World:
                 continue
             if isinstance(action, Cancel):
                 self._cancel(key, step)
+            elif isinstance(action, Stop) and step.process is Process.QUEUED:
+                record = ExitRecord(cause="stopped", message="it was not started yet")
+                self.steps[key] = replace(step, exit=record, process=Process.EXITED, exited_at=self.now)
             elif step.process is not Process.RUNNING or node in self.deaf | self.cut:
                 continue
             elif isinstance(action, Snapshot):
@@ -301,6 +302,11 @@ class World:
         for lost in action.steps:
             if lost.node not in self.undying | self.cut:
                 self.orphans.discard((lost.group, lost.incarnation, lost.node, False))
+
+    def _begun(self, step: StepObservation) -> StepObservation:
+        self.launched += 1
+        pid = 100 + self.launched
+        return replace(step, process=Process.RUNNING, pid=pid, pid_started=pid, launched_at=self.now)
 
     def _cancel(self, key: Key, step: StepObservation) -> None:
         """Slurm kills at once: no last word of the agent."""
@@ -354,6 +360,8 @@ class World:
             keys = self._watched(g)
             for key in keys:
                 step = self.steps[key]
+                if step.process is Process.QUEUED and not self.crowded:
+                    self.steps[key] = step = self._begun(step)
                 if step.process is not Process.RUNNING or step.exit is not None or step.node in self.deaf | self.cut:
                     continue
                 if step.sweep:

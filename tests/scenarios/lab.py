@@ -14,14 +14,16 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from slurm_rollout.testing.fake_slurm import FakeSlurm
 from slurm_rollout.testing.fleet import Fleet, LocalFleet, SlurmFleet, stub_spec, wait_for
-from slurm_rollout.testing.slurm_cluster import SlurmCluster
+from slurm_rollout.testing.slurm_cluster import FREEZER, SlurmCluster
 from slurm_rollout.testing.watch import BarrierWatch
 
 LISTEN = """\
@@ -80,8 +82,29 @@ except BarrierError as error:
     print(json.dumps(type(error).__name__))
 """
 
+WRAPPER = """\
+#!/bin/sh
+echo "$*" >>{log}
+PATH=${{PATH#*:}}
+{body}
+exec {real} "$@"
+"""
+
 # Root on this machine ignores the modes of files; nobody on a cluster does.
 WITHOUT_ROOTS_EYE = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+class CommandLog:
+    """What a wrapped command was called with."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+        path.chmod(0o666)
+
+    def calls(self) -> list[str]:
+        """Return the arguments of every call."""
+        return self.path.read_text().splitlines()
 
 
 class Lab:
@@ -92,14 +115,20 @@ class Lab:
     def __init__(self, folder: Path, base: int) -> None:
         self.base = base
         self.fleet: Fleet = LocalFleet(folder)
+        self.prefix = WITHOUT_ROOTS_EYE
         self.strangers: list[subprocess.Popen[str]] = []
         self._watch: BarrierWatch | None = None
 
     def up(self, *, minutes: int = 0, **spec: Any) -> Fleet:
         """Start a fleet of stubs, and a reader of its barrier file; return it. `minutes`: the job's time limit."""
-        self._start(self.spec(**spec), minutes)
+        self.start(minutes=minutes, **spec)
         self._watch = BarrierWatch(self.fleet, self.ask)
         self._watch.start()
+        return self.fleet
+
+    def start(self, *, minutes: int = 0, **spec: Any) -> Fleet:
+        """The same without the reader, which compares times of the wall clock."""
+        self._start(self.spec(**spec), minutes)
         return self.fleet
 
     def wait_ready(self) -> None:
@@ -111,7 +140,7 @@ class Lab:
     def _start(self, spec: str, minutes: int) -> None:
         assert isinstance(self.fleet, LocalFleet)
         ends = {"SLURM_JOB_END_TIME": str(int(time.time() + 60 * minutes))} if minutes else None
-        self.fleet.start(spec, environ=ends, prefix=WITHOUT_ROOTS_EYE)
+        self.fleet.start(spec, environ=ends, prefix=self.prefix)
 
     def spec(self, **spec: Any) -> str:
         return stub_spec(base=self.base, control=self.fleet.control, **spec)
@@ -269,7 +298,7 @@ class FakeLab(Lab):
         self.fleet: SlurmFleet[Any] = SlurmFleet(slurm)
 
     def _start(self, spec: str, minutes: int) -> None:
-        self.fleet.start(spec, directives=_time_limit(minutes), prefix=WITHOUT_ROOTS_EYE)
+        self.fleet.start(spec, directives=_time_limit(minutes), prefix=self.prefix)
 
     def spec(self, *, nodes: str = "", **spec: Any) -> str:
         return super().spec(nodes=f'address = "127.0.0.1"\n{nodes}', **spec)
@@ -293,6 +322,38 @@ class FakeLab(Lab):
     def join(self, node: str) -> None:
         assert isinstance(self.cluster, FakeSlurm)
         self.cluster.join_node(node)
+
+    def status(self) -> dict[str, Any]:
+        """Return what `status --json` prints, however the run stands, with the text for people under "text"."""
+        argv = ["slurm-rollout", "status", "--run-dir=run"]
+        text = self.cluster.run(argv, check=False).stdout
+        return {"text": text, **json.loads(self.cluster.run([*argv, "--json"], check=False).stdout)}
+
+    def slurm_away(self) -> None:
+        """From now on slurmctld answers nobody; what runs goes on."""
+        assert isinstance(self.cluster, FakeSlurm)
+        self.cluster.unreachable()
+
+    def slurm_back(self) -> None:
+        self.cluster.heal()
+
+    def wrap(self, command: str, body: str) -> CommandLog:
+        """Put a site's wrapper around a command of Slurm: a shell script that becomes the real one, unless `body` ends
+        it, or hangs, before that."""
+        log = CommandLog(self.cluster.home / f"{command}.log")
+        folder = self._first_on_path()
+        real = folder / f"{command}.real"
+        if (folder / command).exists():
+            (folder / command).rename(real)
+        else:
+            real = Path(command)
+        (folder / command).write_text(WRAPPER.format(log=log.path, body=body, real=real))
+        (folder / command).chmod(0o755)
+        return log
+
+    def _first_on_path(self) -> Path:
+        assert isinstance(self.cluster, FakeSlurm)
+        return self.cluster.commands
 
     def terminate(self) -> int:
         self.end_job()
@@ -319,6 +380,7 @@ class SlurmLab(FakeLab):
         self.base = 18000
         self.cluster: SlurmCluster = cluster
         self.fleet = SlurmFleet(cluster)
+        self.prefix = []
         self.strangers = []
         self._watch = None
 
@@ -326,7 +388,7 @@ class SlurmLab(FakeLab):
         return "Unable to create step for job"  # 22.05.8 goes on, of a feature that no node has: "Memory required …"
 
     def _start(self, spec: str, minutes: int) -> None:
-        self.fleet.start(spec, directives=_time_limit(minutes))
+        self.fleet.start(spec, directives=_time_limit(minutes), prefix=self.prefix)
 
     def spec(self, **spec: Any) -> str:
         return stub_spec(base=self.base, control=self.fleet.control, python=self.cluster.python, **spec)
@@ -340,6 +402,15 @@ class SlurmLab(FakeLab):
 
     def port(self, rank: int) -> int:
         return self.base
+
+    def slurm_away(self) -> None:
+        self.cluster.freeze_controller()
+
+    def slurm_back(self) -> None:
+        self.cluster.thaw_controller()
+
+    def _first_on_path(self) -> Path:
+        return self.cluster.python.parent
 
     def _python(self, argv: list[str]) -> subprocess.CompletedProcess[str]:
         return self.cluster.in_node(self.cluster.nodes[0], [self.cluster.python, "-c", *argv], check=False)
@@ -394,6 +465,27 @@ def _inner_pid(pid: int) -> int:
         if line.startswith("NSpid:"):
             return int(line.split()[-1])
     return pid
+
+
+@contextmanager
+def unkillable(pid: int) -> Iterator[None]:
+    """Until the end of this the process runs not and dies of nothing, as one in state D: its ports stay taken."""
+    folder = FREEZER / f"rollout-{pid}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"nothing makes a process unkillable here: {error}")
+    try:
+        (folder / "cgroup.procs").write_text(str(pid))
+        (folder / "freezer.state").write_text("FROZEN")
+        wait_for("the frozen process", lambda: (folder / "freezer.state").read_text() == "FROZEN\n")
+        yield
+    finally:
+        (folder / "freezer.state").write_text("THAWED")
+        with suppress(OSError):  # it has died
+            (FREEZER / "cgroup.procs").write_text(str(pid))
+        wait_for("an empty cgroup", lambda: not (folder / "cgroup.procs").read_text())
+        folder.rmdir()
 
 
 def assert_recovered(fleet: Fleet, group: str, incarnation: int, reason: str, rank: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -61,6 +62,51 @@ def test_a_coordinator_that_was_stopped_for_a_while_blames_no_engine(lab: Lab) -
     os.kill(coordinator, signal.SIGCONT)
     heartbeats(fleet, 10)
     assert not fleet.events("failure")
+
+
+WALL_CLOCK = """\
+import time
+real = time.time
+def shifted():
+    try:
+        with open({path!r}) as f:
+            return real() + float(f.read() or 0)
+    except OSError:
+        return real()
+time.time = shifted
+"""
+
+
+def test_a_wall_clock_that_jumps_by_hours_changes_nothing(lab: Lab) -> None:
+    """As the coordinator sees it: nobody may set the clock of a machine that others test on."""
+    jump = lab.fleet.folder / "jump"
+    (lab.fleet.folder / "sitecustomize.py").write_text(WALL_CLOCK.format(path=str(jump)))
+    lab.prefix = [*lab.prefix, "env", f"PYTHONPATH={lab.fleet.folder}"]
+    fleet = lab.start(groups=2)
+    fleet.wait_phase("ready")
+    survivor = fleet.engine("actor/1", 0)
+
+    def set_clock(hours: int) -> None:
+        jump.write_text(str(3600 * hours))
+        jump.chmod(0o644)
+        heartbeats(fleet, 2)
+        at = json.loads(fleet.run.status.read_text())["at"]
+        assert abs(at - time.time() - 3600 * hours) < 60, "the coordinator's clock was set"
+
+    set_clock(5)
+    fleet.kill("actor/0", 1)
+    assert_recovered(fleet, "actor/0", 2, "engine_exited", 1)
+    set_clock(-3)
+    fleet.kill("actor/0", 0, signal.SIGSTOP)
+    assert_recovered(fleet, "actor/0", 3, "not_answering")
+    os.kill(fleet.coordinator(), signal.SIGKILL)
+    fleet.wait_event("takeover")
+    set_clock(9)
+    heartbeats(fleet, 8)
+    assert len(fleet.events("failure")) == 2
+    assert fleet.engine("actor/1", 0) == survivor
+    status = json.loads(fleet.run.status.read_text())
+    assert all(0 <= status["at"] - g["since"] < 600 for g in status["groups"]), "how long ago is still true"
 
 
 @pytest.mark.parametrize("fault", ["disk full", "read-only"])
