@@ -34,8 +34,8 @@ ROUNDED_S = 0.002
 class Bounds:
     """In seconds, how long something may take on a busy machine."""
 
-    crash_s: float = 6.0  # from the end of a member until its URLs have left the barrier
-    hang_s: float = 16.0  # the same for what only probes see: period + threshold × time-out, and a margin
+    crash_s: float = 5.0  # from the end of a member until its URLs have left the barrier
+    hang_s: float = 11.0  # the same for what only probes see: period + threshold × time-out, and a margin
     lost_s: float = 50.0  # a cut node, where the coordinator has to suspect itself: until Slurm gives the node up
     takeover_s: float = 10.0  # from a coordinator's death until the next one has looked at everything
     return_s: float = 110.0  # a node that is back: until Slurm sees it and has killed what survived there
@@ -322,7 +322,7 @@ def _excused(history: History, bounds: Bounds, key: Key, start: float, end: floa
 
 
 def urls_leave_after_faults(history: History, bounds: Bounds) -> Iterator[str]:
-    """After a kill, stop, lie or cut the group's URLs leave the barrier within the bound."""
+    """After a kill, stop, lie or cut the group's URLs leave the barrier within the bound; when it is seen, at once."""
     last = history.versions[-1].at if history.versions else 0.0
     for f in history.of_kind(*MEMBER_FAULTS, "cut"):
         keys = [(f.group, f.incarnation)] if f.kind != "cut" else _on(history, f.node, f.at)
@@ -330,6 +330,9 @@ def urls_leave_after_faults(history: History, bounds: Bounds) -> Iterator[str]:
             deadline = due(history, bounds, f, key)
             if deadline <= min(last, f.ended) and history.offers(key, deadline):
                 yield f"{_name(key)} is still offered {deadline - f.at:.1f} s after: {f}"
+    for e in history.events:
+        if e["type"] == "failure" and history.offers(_key(e), e["at"] + bounds.left_s):
+            yield f"{_name(_key(e))} is still offered {bounds.left_s:g} s after its failure was seen, {e['at']:.3f}"
 
 
 def _on(history: History, node: str, at: float) -> list[Key]:

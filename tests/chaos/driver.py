@@ -110,6 +110,7 @@ class Chaos:
         self._numbers = itertools.count()
         self._lifts: list[tuple[float, int, Callable[[], None]]] = []  # when, and how, a fault is lifted
         self._unhealed: list[tuple[str, str, int, float]] = []  # kind, group, incarnation, when: not recovered yet
+        self._lies: list[int] = []
         self._away: set[str] = set()  # nodes that are cut
         self._back: set[str] = set()  # nodes that were, and have to be resumed where the run gave them up
         self._resumed: set[str] = set()
@@ -147,6 +148,8 @@ class Chaos:
         while self._lifts:
             heapq.heappop(self._lifts)[2]()
         self.fleet.control.write_text("{}")
+        for n in self._lies:
+            self._faults.write(n=n, until=time.time())
         self.cluster.heal()
         self._say("all faults are lifted")
         lifted = time.time()
@@ -197,6 +200,8 @@ class Chaos:
         self._say(f"{planned.kind:<12} {where}" + (f" for {planned.lasts_s:.1f} s" if lift else ""))
         if what.get("group") and planned.kind not in HARMLESS:
             self._unhealed.append((planned.kind, what["group"], what["incarnation"], at))
+        if planned.kind == "lie":
+            self._lies.append(n)
         if lift:
 
             def lifted() -> None:

@@ -14,6 +14,7 @@ import time
 from urllib.parse import urlsplit
 
 PERIOD_S = 0.5
+POLL_S = 0.05
 TIMEOUT_S = 5.0
 BODY = json.dumps({"model": "stub", "max_tokens": 1, "messages": [{"role": "user", "content": "a"}]})
 
@@ -49,13 +50,16 @@ def ask(url: str) -> dict[str, object]:
 
 
 def watch(url: str, path: str, out: Writer) -> None:
+    """Ask at every period, and at once when the URL is offered again, or for another incarnation."""
+    before, asked_at = None, 0.0
     while True:
-        at = time.time()
-        who = offered(path).get(url)
-        if who:
+        at, who = time.time(), offered(path).get(url)
+        if who and (who != before or at >= asked_at + PERIOD_S):
+            asked_at = at
             found = ask(url)
             out.write({"at": at, "ended": time.time(), "url": url, "group": who[0], "incarnation": who[1], **found})
-        time.sleep(max(0.05, PERIOD_S - (time.time() - at)))
+        before = who
+        time.sleep(POLL_S)
 
 
 class Writer:
@@ -76,7 +80,7 @@ def main() -> None:
         for url in offered(path).keys() - known:
             known.add(url)
             threading.Thread(target=watch, args=(url, path, out), daemon=True).start()
-        time.sleep(0.05)
+        time.sleep(POLL_S)
 
 
 if __name__ == "__main__":
