@@ -23,7 +23,10 @@ Key = tuple[str, int]
 MEMBER_FAULTS = frozenset({"kill", "stop", "lie"})
 """Faults of one member: they end the incarnation that they hit."""
 
-SILENT_FAULTS = frozenset({"stop", "lie", "cut"})
+CUTS = frozenset({"cut", "loss"})
+"""A node is cut; after a loss Slurm has taken it from the job."""
+
+SILENT_FAULTS = frozenset({"stop", "lie", *CUTS})
 """Faults that only a probe can see."""
 
 ROUNDED_S = 0.002
@@ -40,7 +43,8 @@ class Bounds:
     takeover_s: float = 10.0  # from a coordinator's death until the next one has looked at everything
     return_s: float = 110.0  # a node that is back: until Slurm sees it and has killed what survived there
     blind_s: float = 60.0  # slurmctld is back: until it can start steps again, and all that was refused is forgotten
-    left_s: float = 1.0  # a barrier file may be written so much later than was decided
+    write_s: float = 0.5  # the barrier file may be written so much later than was decided
+    left_s: float = 1.0  # who asks, or kills, at a moment like this may see either side of it
     calls_per_minute: float = 2.0  # of the user, while nothing happens
     calls_per_launch: float = 12.0  # in addition, for each incarnation that was started
 
@@ -184,7 +188,7 @@ def due(history: History, bounds: Bounds, fault: Fault, key: Key) -> float:
     while True:
         later = [f for f in history.faults if f not in applied and f.at <= deadline and f is not fault]
         delayed = [f for f in later if f.kind == "coordinator" and f.at >= fault.at - bounds.takeover_s]
-        cuts = [f for f in later if f.kind == "cut" and f.node in nodes and f.ended >= fault.at]
+        cuts = [f for f in later if f.kind in CUTS and f.node in nodes and f.ended >= fault.at]
         if not delayed and not cuts:
             break
         for f in delayed:
@@ -194,7 +198,7 @@ def due(history: History, bounds: Bounds, fault: Fault, key: Key) -> float:
         applied |= {*delayed, *cuts}
     if fault.kind in SILENT_FAULTS and _crowd(history, bounds, fault.at, deadline):
         deadline += bounds.hang_s  # the agents have to agree
-        if fault.kind == "cut":  # which the one there cannot: then Slurm has to give the node up
+        if fault.kind in CUTS:  # which the one there cannot: then Slurm has to give the node up
             away = sum(f.ended - f.at for f in history.of_kind("freeze", "halt") if f.at <= deadline + bounds.lost_s)
             deadline += bounds.lost_s + min(away, bounds.blind_s)
     return deadline
@@ -206,7 +210,7 @@ def _crowd(history: History, bounds: Bounds, start: float, end: float) -> bool:
     for f in history.of_kind(*SILENT_FAULTS):
         if f.at <= end and min(f.ended, f.at + bounds.hang_s + bounds.lost_s) >= start - bounds.hang_s:
             silent |= (
-                {key[0] for key, nodes in history.nodes.items() if f.node in nodes} if f.kind == "cut" else {f.group}
+                {key[0] for key, nodes in history.nodes.items() if f.node in nodes} if f.kind in CUTS else {f.group}
             )
     groups = {key[0] for key in history.nodes}
     return 2 * len(silent) >= len(groups)
@@ -219,7 +223,7 @@ def cause(history: History, bounds: Bounds, key: Key, at: float) -> Fault | None
             continue
         if f.kind in MEMBER_FAULTS and (f.group, f.incarnation) == key:
             return f
-        if f.kind == "cut" and f.node in history.nodes.get(key, ()) and at <= f.returned(bounds):
+        if f.kind in CUTS and f.node in history.nodes.get(key, ()) and at <= f.returned(bounds):
             return f
         if history.ready.get(key, at) < at:
             continue
@@ -312,7 +316,7 @@ def _excused(history: History, bounds: Bounds, key: Key, start: float, end: floa
         elif f.kind in MEMBER_FAULTS:
             # Who asks later asks what should not be offered any more: that is another invariant's business.
             until = due(history, bounds, f, key) if (f.group, f.incarnation) == key else 0.0
-        elif f.kind == "cut" and f.node in history.nodes.get(key, ()):
+        elif f.kind in CUTS and f.node in history.nodes.get(key, ()):
             until = max(due(history, bounds, f, key), f.ended + bounds.hang_s)
         else:
             until = 0.0
@@ -324,15 +328,15 @@ def _excused(history: History, bounds: Bounds, key: Key, start: float, end: floa
 def urls_leave_after_faults(history: History, bounds: Bounds) -> Iterator[str]:
     """After a kill, stop, lie or cut the group's URLs leave the barrier within the bound; when it is seen, at once."""
     last = history.versions[-1].at if history.versions else 0.0
-    for f in history.of_kind(*MEMBER_FAULTS, "cut"):
-        keys = [(f.group, f.incarnation)] if f.kind != "cut" else _on(history, f.node, f.at)
+    for f in history.of_kind(*MEMBER_FAULTS, *CUTS):
+        keys = [(f.group, f.incarnation)] if f.kind not in CUTS else _on(history, f.node, f.at)
         for key in keys:
             deadline = due(history, bounds, f, key)
             if deadline <= min(last, f.ended) and history.offers(key, deadline):
                 yield f"{_name(key)} is still offered {deadline - f.at:.1f} s after: {f}"
     for e in history.events:
-        if e["type"] == "failure" and history.offers(_key(e), e["at"] + bounds.left_s):
-            yield f"{_name(_key(e))} is still offered {bounds.left_s:g} s after its failure was seen, {e['at']:.3f}"
+        if e["type"] == "failure" and history.offers(_key(e), e["at"] + bounds.write_s):
+            yield f"{_name(_key(e))} is still offered {bounds.write_s:g} s after its failure was seen, {e['at']:.3f}"
 
 
 def _on(history: History, node: str, at: float) -> list[Key]:
@@ -361,7 +365,7 @@ def one_incarnation_lives(history: History, bounds: Bounds) -> Iterator[str]:
     """At most one incarnation of a group lives on nodes that are not cut, and each of its members only once."""
     told: set[tuple[object, ...]] = set()
     for sample in history.samples:
-        away = {f.node for f in history.of_kind("cut") if f.at <= sample["at"] <= f.returned(bounds)}
+        away = {f.node for f in history.of_kind(*CUTS) if f.at <= sample["at"] <= f.returned(bounds)}
         here = [m for m in sample["living"] if m["node"] not in away]
         for group, members in itertools.groupby(sorted(here, key=_place), key=lambda m: m["group"]):
             found = list(members)
@@ -459,7 +463,7 @@ def recovery_s(history: History, fault: Fault) -> float | None:
         before = history.version_at(fault.at)
         term = before.document["term"] if before else 0
         return next((v.at - fault.at for v in history.versions if v.document.get("term", 0) > term), None)
-    keys = _on(history, fault.node, fault.at) if fault.kind == "cut" else [(fault.group, fault.incarnation)]
+    keys = _on(history, fault.node, fault.at) if fault.kind in CUTS else [(fault.group, fault.incarnation)]
     if fault.harmless:
         return None
     failed = {_key(e) for e in history.events if e["type"] == "failure"}

@@ -28,7 +28,7 @@ from tests.chaos.records import (
     process_watch,
     user_calls,
 )
-from tests.chaos.schedule import HARMLESS, Planned
+from tests.chaos.schedule import HARMLESS, LOSS, Planned
 
 START_S = 90.0
 SETTLE_S = 10.0
@@ -47,7 +47,7 @@ heartbeat_s = 0.5
 
 [nodes]
 count = {nodes}
-spares = 1
+spares = {spares}
 
 [[pool]]
 name = "actor"
@@ -85,22 +85,24 @@ command_timeout_s = 10
 """
 
 
-def spec(cluster: SlurmCluster, control: Path, nodes: int) -> str:
-    """Return the spec of a fleet on so many nodes: groups of two nodes, two groups that share one, and a spare."""
+def spec(cluster: SlurmCluster, control: Path, nodes: int, spares: int) -> str:
+    """Return the spec of a fleet on so many nodes: groups of two nodes, two groups that share one, and spares."""
     argv = [str(cluster.python), "-m", "slurm_rollout.testing.stub_engine", "--load-s=0.5", "--model=stub"]
     argv += ["--entrypoints=all", f"--control={control}"]
-    return SPEC.format(nodes=nodes, actors=(nodes - 2) // 2, half=cluster.gpus // 2, argv=json.dumps(argv))
+    return SPEC.format(
+        nodes=nodes, spares=spares, actors=(nodes - spares - 1) // 2, half=cluster.gpus // 2, argv=json.dumps(argv)
+    )
 
 
 class Chaos:
     """Does the faults of a schedule to one fleet, and lifts them."""
 
-    def __init__(self, cluster: SlurmCluster, nodes: int, out: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, cluster: SlurmCluster, nodes: int, spares: int, out: Path, say: Callable[[str], None]) -> None:
         self.cluster = cluster
         self.fleet = SlurmFleet(cluster)
         self.out = out
         self._say = say
-        self._nodes = nodes
+        self._nodes, self._spares = nodes, spares
         self._fleet_nodes = cluster.nodes[-nodes:]
         self._space = {_namespace(cluster, node): node for node in cluster.nodes}
         self._faults = Recorder(out / FAULTS)
@@ -112,6 +114,7 @@ class Chaos:
         self._unhealed: list[tuple[str, str, int, float]] = []  # kind, group, incarnation, when: not recovered yet
         self._lies: list[int] = []
         self._away: set[str] = set()  # nodes that are cut
+        self._lost: set[str] = set()  # nodes that Slurm has taken from the job
         self._back: set[str] = set()  # nodes that were, and have to be resumed where the run gave them up
         self._resumed: set[str] = set()
         self._resume_at = 0.0
@@ -123,7 +126,7 @@ class Chaos:
     def run(self, plan: Sequence[Planned], duration_s: float) -> None:
         """Start the fleet, do all this, lift it, wait until all is well, and end it."""
         fleet = self.fleet
-        fleet.start(spec(self.cluster, fleet.control, self._nodes), nodes=len(self.cluster.nodes))
+        fleet.start(spec(self.cluster, fleet.control, self._nodes, self._spares), nodes=len(self.cluster.nodes))
         with fleet:
             fleet.wait("all groups ready", lambda: not self._not_ready(), START_S)
             with self._records():
@@ -269,11 +272,16 @@ class Chaos:
         ]
 
     def _cut(self, planned: Planned) -> bool | None:
-        node = _chosen([n for n in self._fleet_nodes if n not in self._away], planned.luck)
+        nodes = [n for n in self._fleet_nodes if n not in self._away | self._lost]
+        if not nodes:
+            return None
+        node = _chosen(nodes, planned.luck)
         told = planned.detail < 0.7  # else Slurm sees by itself, after a while, that the node is back
         at = time.time()
         self.cluster.cut(node)
         self._away.add(node)
+        if planned.kind == LOSS:
+            self._lost.add(node)
 
         def lift() -> None:
             self.cluster.join(node)
@@ -284,6 +292,8 @@ class Chaos:
             self._resume_at = time.time() + RESUME_AFTER_S
 
         return self._note(planned, at, lift, node=node, returns_s=RESUME_AFTER_S if told else None)
+
+    _loss = _cut
 
     def _resume(self) -> None:
         """Give nodes that are back to the run again, as a person would: one that was given up stays given up."""
