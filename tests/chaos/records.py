@@ -26,13 +26,11 @@ class Recorder:
     """Appends lines to one file of the records."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._lock = threading.Lock()
+        self._path = path
 
     def write(self, **line: object) -> None:
-        with self._lock:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 class Watch(threading.Thread):
