@@ -111,7 +111,8 @@ class Chaos:
         self._calls_base = 0
         self._numbers = itertools.count()
         self._lifts: list[tuple[float, int, Callable[[], None]]] = []  # when, and how, a fault is lifted
-        self._unhealed: list[tuple[str, str, int, float]] = []  # kind, group, incarnation, when: not recovered yet
+        # Not recovered yet: kind, group, incarnation, when; of the coordinator "" and its term.
+        self._unhealed: list[tuple[str, str, int, float]] = []
         self._lies: list[int] = []
         self._away: set[str] = set()  # nodes that are cut
         self._lost: set[str] = set()  # nodes that Slurm has taken from the job
@@ -277,6 +278,8 @@ class Chaos:
             return None
         node = _chosen(nodes, planned.luck)
         told = planned.detail < 0.7  # else Slurm sees by itself, after a while, that the node is back
+        groups = self.fleet.barrier().get("groups", ())
+        on_it = [g for g in groups if any(f"//{node}:" in url for url in g["urls"])]
         at = time.time()
         self.cluster.cut(node)
         self._away.add(node)
@@ -291,6 +294,7 @@ class Chaos:
             self._back.add(node)
             self._resume_at = time.time() + RESUME_AFTER_S
 
+        self._unhealed += [(planned.kind, g["id"], g["incarnation"], at) for g in on_it]
         return self._note(planned, at, lift, node=node, returns_s=RESUME_AFTER_S if told else None)
 
     _loss = _cut
@@ -313,6 +317,7 @@ class Chaos:
         term = self.fleet.barrier().get("term", 0)
         at = time.time()
         os.kill(pid, signal.SIGKILL)
+        self._unhealed.append((planned.kind, "", term, at))
         return self._note(planned, at, detail=f"term {term}")
 
     def _coordinator_pid(self) -> int | None:
@@ -335,12 +340,15 @@ class Chaos:
         return self._note(planned, at, self.cluster.start_controller)
 
     def _note_recoveries(self) -> None:
-        groups = {g["id"]: g for g in self.fleet.barrier().get("groups", ())}
+        barrier = self.fleet.barrier()
+        numbers = {g["id"]: g["incarnation"] for g in barrier.get("groups", ()) if g["serving"]}
+        numbers[""] = barrier.get("term", 0)  # of the coordinator
         for fault in tuple(self._unhealed):
-            kind, name, incarnation, at = fault
-            if groups.get(name, {}).get("serving") and groups[name]["incarnation"] > incarnation:
+            kind, name, number, at = fault
+            if numbers.get(name, 0) > number:
                 self._unhealed.remove(fault)
-                self._say(f"{kind:<12} recovered: {name} serves again {time.time() - at:.1f} s after it")
+                what = f"{name} serves again" if name else "the next one writes the barrier"
+                self._say(f"{kind:<12} recovered: {what} {time.time() - at:.1f} s after it")
 
     # --------------------------------------------------------------------------------------------------------- records
 
