@@ -131,6 +131,14 @@ class History:
         found = version.groups().get(key[0], {}) if version else {}
         return bool(found.get("urls")) and found["incarnation"] == key[1]
 
+    def withdrawn(self, key: Key, since: float) -> float:
+        """Return when the barrier, after `since`, did not offer that incarnation any more."""
+        for version in self.versions[bisect.bisect_left(self._times, since) :]:
+            group = version.groups().get(key[0], {})
+            if not group.get("urls") or group["incarnation"] != key[1]:
+                return version.at
+        return float("inf")
+
     def of_kind(self, *kinds: str) -> Iterator[Fault]:
         return (fault for fault in self.faults if fault.kind in kinds)
 
@@ -205,15 +213,17 @@ def due(history: History, bounds: Bounds, fault: Fault, key: Key) -> float:
 
 
 def _crowd(history: History, bounds: Bounds, start: float, end: float) -> bool:
-    """Tell whether half of the groups or more were silent at about that time."""
+    """Tell whether half of the groups that were offered, or more, were silent at some time between."""
     silent = set()
     for f in history.of_kind(*SILENT_FAULTS):
-        if f.at <= end and min(f.ended, f.at + bounds.hang_s + bounds.lost_s) >= start - bounds.hang_s:
-            silent |= (
-                {key[0] for key, nodes in history.nodes.items() if f.node in nodes} if f.kind in CUTS else {f.group}
-            )
-    groups = {key[0] for key in history.nodes}
-    return 2 * len(silent) >= len(groups)
+        if f.kind == "lie" and f.detail != "dead":  # a wrong answer is an answer
+            continue
+        if f.at <= end and f.ended >= start:
+            keys = [(f.group, f.incarnation)] if f.kind not in CUTS else _on(history, f.node, f.at)
+            silent |= {key[0] for key in keys if history.withdrawn(key, f.at) >= start}
+    version = history.version_at(start)
+    offered = [group for group in version.groups().values() if group["urls"]] if version else []
+    return 2 * len(silent) >= len(offered)
 
 
 def cause(history: History, bounds: Bounds, key: Key, at: float) -> Fault | None:
