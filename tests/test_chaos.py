@@ -317,6 +317,11 @@ def test_a_coordinator_that_does_not_come_back(kills: int) -> None:
     assert found(doctored(versions=silent, faults=faults)) == {"coordinators_come_back"}
 
 
+def test_a_coordinator_that_is_gone_at_the_end() -> None:
+    silent = tuple(v for v in GOOD.versions if v.at < 145.0)
+    assert found(doctored(versions=silent)) == {"coordinators_come_back"}
+
+
 @pytest.mark.parametrize(
     "end",
     [

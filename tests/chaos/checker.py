@@ -396,13 +396,15 @@ def _place(member: dict[str, Any]) -> tuple[str, int, int]:
 def coordinators_come_back(history: History, bounds: Bounds) -> Iterator[str]:
     """The barrier is written at every heartbeat; after a coordinator was killed the next one goes on with it."""
     killed = [f.at for f in history.of_kind("coordinator")]
-    for before, after in itertools.pairwise(history.versions):
-        silent_s = after.at - before.at
-        kills = sum(before.at - bounds.left_s <= at <= after.at for at in killed)
-        heartbeat_s = before.document.get("heartbeat_s", 5.0)
+    heartbeat_s = max((v.document.get("heartbeat_s", 0.0) for v in history.versions), default=0.0)
+    seen = [v.at for v in history.versions if v.at < history.end.get("at", float("inf"))]
+    if history.end:
+        seen.append(history.end["at"])  # when the run was told to end
+    for before, after in itertools.pairwise(seen):
+        kills = sum(before - bounds.left_s <= at <= after for at in killed)
         limit = heartbeat_s + (kills * bounds.takeover_s if kills else bounds.hang_s)
-        if silent_s > limit:
-            yield f"the barrier was not written for {silent_s:.1f} s from {before.at:.3f} on; {kills} takeovers"
+        if after - before > limit:
+            yield f"the barrier was not written for {after - before:.1f} s from {before:.3f} on; {kills} takeovers"
 
 
 def all_is_well_at_the_end(history: History, bounds: Bounds) -> Iterator[str]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slurm_rollout.testing.fleet import SlurmFleet
+from slurm_rollout.testing.fleet import SlurmFleet, wait_for
 from slurm_rollout.testing.slurm_cluster import SlurmCluster
 from tests.chaos import prober
 from tests.chaos.records import (
@@ -388,7 +388,10 @@ class Chaos:
         yield from self.cluster.logs.glob("slurmctld.*.log")
 
     def _asked(self) -> int:
-        return user_calls(self.cluster.run(["sdiag"], user=False).stdout, self.cluster.uid)
+        def answer() -> str:  # a slurmctld that was away a moment ago is slow
+            return self.cluster.run(["sdiag"], user=False, check=False).stdout
+
+        return user_calls(wait_for("sdiag", answer, START_S), self.cluster.uid)
 
     def _count_calls(self) -> None:
         self._calls.write(at=time.time(), calls=self._calls_before + self._asked() - self._calls_base)
