@@ -48,7 +48,7 @@ def main() -> int:
     add("--every", type=float, default=6.0, metavar="S", help="mean seconds between faults (default: 6)")
     add("--nodes", type=int, default=6, help="of the fleet, a spare included (default: 6)")
     add("--spares", type=int, default=1, help="nodes of them that are in no group at first (default: 1)")
-    add("--losses", type=int, default=0, help="nodes that Slurm gives up, at most as many as spares (default: 0)")
+    add("--losses", type=int, default=1, help="nodes that Slurm gives up, at most as many as spares (default: 1)")
     add("--out", type=Path, help="folder for the records (default: chaos-SEED here); those of an earlier run go")
     args = parser.parse_args()
     if args.nodes < args.spares + 3:
