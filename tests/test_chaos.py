@@ -351,6 +351,13 @@ def test_the_figures() -> None:
     assert figures["violations"] == []
 
 
+@pytest.mark.parametrize(("until", "took_s"), [(108.0, 7.5), (95.0, None)])
+def test_what_fails_long_after_a_cut_is_no_recovery_of_it(until: float, took_s: float | None) -> None:
+    cut = Fault(at=until - 3.0, kind="cut", node="n3", until=until)
+    early = dataclasses.replace(GOOD, versions=(*beats(90.0, 100.0), *GOOD.versions))
+    assert checker.recovery_s(early, BOUNDS, cut) == took_s
+
+
 # ------------------------------------------------------------------------------------- the schedule, and the imports
 
 

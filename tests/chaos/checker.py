@@ -466,7 +466,7 @@ def calls(history: History) -> dict[str, float]:
     }
 
 
-def recovery_s(history: History, fault: Fault) -> float | None:
+def recovery_s(history: History, bounds: Bounds, fault: Fault) -> float | None:
     """Return the seconds from a fault until all is as before: the groups serve again, or the next coordinator writes.
 
     None where nothing had to recover: a fault that is harmless, or that was over before anybody saw it.
@@ -478,7 +478,9 @@ def recovery_s(history: History, fault: Fault) -> float | None:
     keys = _on(history, fault.node, fault.at) if fault.kind in CUTS else [(fault.group, fault.incarnation)]
     if fault.harmless:
         return None
-    failed = {_key(e) for e in history.events if e["type"] == "failure"}
+    failed = {_key(e): e["at"] for e in history.events if e["type"] == "failure"}
+    if fault.kind in CUTS:  # what fails long after it is no business of the cut
+        failed = {key: at for key, at in failed.items() if at <= fault.ended + bounds.hang_s}
     took = [_served_again(history, key, fault.at) for key in keys if key in failed]
     return max((at - fault.at for at in took if at is not None), default=None)
 
@@ -497,7 +499,7 @@ def summary(history: History, bounds: Bounds) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for fault in history.faults:
         counts[fault.kind] = counts.get(fault.kind, 0) + 1
-        took = recovery_s(history, fault)
+        took = recovery_s(history, bounds, fault)
         if took is not None:
             kinds.setdefault(fault.kind, []).append(took)
     found = calls(history)

@@ -37,6 +37,8 @@ RECOVER_S = 240.0
 """After the last fault was lifted: until every group is ready, a node that Slurm had given up included."""
 RESUME_AFTER_S = 10.0
 """After a node is back, and Slurm knows it: until the run is told."""
+UNHARMED_S = 12.0
+"""After a node is back: who has not failed by then has survived it."""
 END_S = 60.0
 TICK_S = 0.1
 LIES = ("dead", "garbage", "503", "empty")
@@ -149,8 +151,9 @@ class Chaos:
 
     def _end(self) -> None:
         """Lift everything, wait until all groups are ready, and let the run end by its own command."""
-        while self._lifts:
-            heapq.heappop(self._lifts)[2]()
+        for _, _, lift in sorted(self._lifts):
+            lift()
+        self._lifts.clear()
         self.fleet.control.write_text("{}")
         for n in self._lies:
             self._faults.write(n=n, until=time.time())
@@ -293,6 +296,11 @@ class Chaos:
             self._away.discard(node)
             self._back.add(node)
             self._resume_at = time.time() + RESUME_AFTER_S
+            heapq.heappush(self._lifts, (time.time() + UNHARMED_S, next(self._numbers), forget))
+
+        def forget() -> None:
+            """Who still serves did not mind: what happens to it later is not because of this."""
+            self._unhealed = [f for f in self._unhealed if (f[0], f[3]) != (planned.kind, at) or not self._offered(f)]
 
         self._unhealed += [(planned.kind, g["id"], g["incarnation"], at) for g in on_it]
         return self._note(planned, at, lift, node=node, returns_s=RESUME_AFTER_S if told else None)
@@ -338,6 +346,10 @@ class Chaos:
         self.cluster.stop_controller()
         self._calls_base = 0
         return self._note(planned, at, self.cluster.start_controller)
+
+    def _offered(self, fault: tuple[str, str, int, float]) -> bool:
+        groups = self.fleet.barrier().get("groups", ())
+        return any(g["urls"] and (g["id"], g["incarnation"]) == fault[1:3] for g in groups)
 
     def _note_recoveries(self) -> None:
         barrier = self.fleet.barrier()
