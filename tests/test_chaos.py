@@ -165,10 +165,14 @@ def test_urls_of_what_was_not_proved_yet(at: float | None) -> None:
     assert found(doctored(events=tuple(events))) == {"offered_when_proved"}
 
 
-def test_a_coordinator_that_is_killed_may_take_an_event_with_it() -> None:
-    events = tuple(e for e in GOOD.events if (e["type"], e["incarnation"]) != ("ready", 2))
+@pytest.mark.parametrize(("told_at", "fine"), [(115.0, True), (140.0, False), (None, False)])
+def test_what_a_killed_coordinator_had_no_time_to_tell_the_next_one_tells(told_at: float | None, fine: bool) -> None:
+    events = [e for e in GOOD.events if (e["type"], e["incarnation"]) != ("ready", 2)]
+    if told_at is not None:
+        events.append(event(told_at, "ready", "actor/0", 2))
     killed = Fault(at=112.6, kind="coordinator", harmless=True)
-    assert found(doctored(events=events, faults=(*GOOD.faults, killed))) == set()
+    history = doctored(events=tuple(events), faults=(*GOOD.faults, killed))
+    assert found(history) == (set() if fine else {"offered_when_proved"})
 
 
 def test_a_group_that_serves_without_a_url() -> None:

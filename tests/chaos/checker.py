@@ -291,11 +291,12 @@ def offered_when_proved(history: History, bounds: Bounds) -> Iterator[str]:
             if not group["urls"] or key in judged:
                 continue
             judged.add(key)
+            # Events are written after the barrier: a coordinator that is killed in between leaves that to the next one.
+            killed = [f for f in history.of_kind("coordinator") if abs(f.at - version.at) < bounds.left_s]
+            late_s = bounds.takeover_s + bounds.left_s if killed else ROUNDED_S
             if key not in history.ready:
-                # Events are written after the barrier: a coordinator that is killed in between leaves none.
-                if not any(abs(f.at - version.at) < bounds.left_s for f in history.of_kind("coordinator")):
-                    yield f"{_name(key)} is offered at {version.at:.3f}, and no event says that it was proved"
-            elif version.at < history.ready[key] - ROUNDED_S:
+                yield f"{_name(key)} is offered at {version.at:.3f}, and no event says that it was proved"
+            elif version.at < history.ready[key] - late_s:
                 yield f"{_name(key)} is offered {history.ready[key] - version.at:.3f} s before it was proved"
 
 
