@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Tests wait most of their time, so there may be more of them at once than a small machine has cores.
 WORKERS ?= 3
 STAMP := $(VENV)/.installed
+SEED ?= 1
+MINUTES ?= 30
 
 .DEFAULT_GOAL := help
 
@@ -35,6 +37,9 @@ test: $(STAMP) lint ## everything: lint, unit tests, local backend, fake Slurm, 
 test-slurm-versions: $(STAMP) ## the tests on real Slurm 20.11, 24.11 and 26.05, from chroots that it builds (Debian, as root)
 	.ci/slurm-versions
 
+chaos: $(STAMP) ## faults at random on a real Slurm cluster of this machine (as root), and a judge: SEED=1 MINUTES=30
+	$(BIN)/python -m tests.chaos --seed $(SEED) --minutes $(MINUTES) $(CHAOS_ARGS)
+
 soak: $(STAMP) ## simulate seed after seed until stopped
 	$(BIN)/python -m slurm_rollout.simulation.soak
 
@@ -44,4 +49,4 @@ dist: $(STAMP) ## wheel and sdist into dist/
 clean: ## remove what make made
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup demo lint test test-slurm-versions soak dist clean
+.PHONY: help setup demo lint test test-slurm-versions chaos soak dist clean

@@ -58,7 +58,7 @@ from slurm_rollout.hook import EventHook
 from slurm_rollout.journal import Journal
 from slurm_rollout.ports_check import answers, open_ports
 from slurm_rollout.probes import Key, Prober, Target
-from slurm_rollout.rundir import RunDir
+from slurm_rollout.rundir import RunDir, event_files
 from slurm_rollout.steps import Steps
 from slurm_rollout.store import Store, load_plan, load_state, read_requests, without_place
 from slurm_rollout.supervisor import CANNOT_START, DRAIN_MARGIN_S, GAVE_UP, JOB_END, SUPERSEDED, SUPERVISOR
@@ -222,7 +222,8 @@ class Coordinator:
         message = f"term {self._state.term} on {socket.gethostname()}" + (
             f", adopted {adopted} steps" if adopted else ""
         )
-        self._journal.note([Event(type="up" if first else "takeover", message=message)], time.time())
+        lost = [] if first else lost_events(self._state.groups, last_told_at(self._run))
+        self._journal.note([*lost, Event(type="up" if first else "takeover", message=message)], time.time())
 
     async def _loop(self) -> int:
         due, slow_at = 0.0, 0.0
@@ -509,6 +510,46 @@ class Coordinator:
         )
         if refs:
             await self._backend.cancel(refs)
+
+
+def lost_events(groups: Iterable[GroupState], told_at: float | None) -> list[Event]:
+    """Return what the coordinator before this one decided, and was killed before it could tell.
+
+    State is written before events are. `told_at`: when it last told anything (Unix time); None: that is not known.
+    """
+    found = []
+    for g in groups:
+        if told_at is None:
+            break
+        told_until = told_at + 0.001  # times of events are rounded
+        if g.failure is not None and g.failure.wall > told_until:
+            f = g.failure
+            found.append(
+                Event(
+                    type="failure",
+                    group=g.id,
+                    incarnation=f.incarnation,
+                    reason=f.reason.value,
+                    message=f.message,
+                    rank=f.rank,
+                    node=f.node,
+                )
+            )
+        if g.phase is Phase.READY and g.since_wall > told_until:
+            message = "every entrypoint answered a real request, just before the takeover"
+            found.append(Event(type="ready", group=g.id, incarnation=g.incarnation, message=message))
+    return found
+
+
+def last_told_at(run: RunDir) -> float | None:
+    """Return when the newest event that was written down was decided; None where none can be read."""
+    with contextlib.suppress(OSError):
+        for path in reversed(event_files(run)):
+            for line in reversed(path.read_bytes().splitlines(keepends=True)):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    if line.endswith(b"\n"):
+                        return float(json.loads(line)["at"])
+    return None
 
 
 def make_hook(plan: FleetPlan, run: RunDir, state: RunState, umask: int) -> EventHook | None:

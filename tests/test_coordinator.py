@@ -367,6 +367,33 @@ def test_a_lost_lease_ends_a_coordinator_quietly(fleet: LocalFleet, when: str) -
 # -------------------------------------------------------------------------------------------------- what it hands on
 
 
+@pytest.mark.parametrize("lost", ["ready", "failure", "nothing"])
+def test_what_a_killed_coordinator_had_no_time_to_tell_the_next_one_tells(fleet: LocalFleet, lost: str) -> None:
+    start(fleet, small(fleet))
+    fleet.wait_serving("actor/0", 1)
+    fleet.wait_event("ready", "actor/0", 1)
+    if lost == "failure":
+        os.kill(fleet.engine("actor/0", 0), signal.SIGKILL)
+        fleet.wait_event("failure", "actor/0", 1)
+    fleet.process.send_signal(signal.SIGSTOP)  # the supervisor: no takeover before the events are gone
+    os.kill(coordinator := fleet.coordinator(), signal.SIGKILL)
+    wait_for("its end", lambda: not alive([coordinator]))
+    events = fleet.run.events(1)
+    lines = events.read_text().splitlines(keepends=True)
+    if lost != "nothing":
+        told = next(n for n, line in enumerate(lines) if json.loads(line)["type"] == lost)
+        events.write_text("".join(lines[:told]))
+    fleet.process.send_signal(signal.SIGCONT)
+    fleet.wait("a takeover", lambda: fleet.events("takeover"))
+    again = [
+        e for e in fleet.events() if e["term"] == 2 and e["type"] in ("ready", "failure") and e["incarnation"] == 1
+    ]
+    if lost == "failure":
+        assert [(e["type"], e["rank"], e["reason"]) for e in again] == [("failure", 0, "engine_exited")]
+    else:
+        assert [e["type"] for e in again] == ([] if lost == "nothing" else ["ready"])
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o007])
 def test_engines_have_the_umask_of_up_and_the_run_directory_is_its_owners(fleet: LocalFleet, mask: int) -> None:
     before = os.umask(mask)

@@ -515,6 +515,10 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE Sta
         then what had survived there is killed."""
         self._ip(node, "link set eth0 up")
 
+    def register(self, node: str) -> None:
+        """Have Slurm see at once that a node is back."""
+        self._signal(node, "slurmd", "HUP")
+
     def freeze_controller(self) -> None:
         """SIGSTOP slurmctld: it accepts connections and never answers. Running jobs go on."""
         self._signal(CONTROLLER, "slurmctld", "STOP")
@@ -554,8 +558,7 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=INFINITE Sta
             self.start_controller()
         for node in self._were_cut:
             self.join(node)
-            # slurmd then registers again.
-            self._signal(node, "slurmd", "HUP")
+            self.register(node)
         self._were_cut.clear()
 
     def _signal(self, host: str, program: str, name: str) -> None:
