@@ -498,6 +498,17 @@ def test_groups_that_share_a_lost_node_go_where_their_gpus_are_free() -> None:
     assert w.phases() == {P.READY}
 
 
+def test_groups_that_share_a_node_are_one_witness() -> None:
+    """Two of three groups time out, on one node of two: that is the node, not the coordinator's own network."""
+    w = World(shared())
+    w.make_ready()
+    for name in ("actor/0", "actor/1"):
+        w.probe(name, 0, failures=9, last_error="no answer", answers=False)
+    w.tick()
+    assert w.state.suspect_self_since is None
+    assert [w.state.group(f"actor/{i}").phase for i in range(3)] == [P.STOPPING, P.STOPPING, P.READY]
+
+
 def lose_one(w: World, name: str) -> None:
     w.cut.add("n0")
     w.orphans.add((name, w.state.group(name).incarnation, "n0", False))

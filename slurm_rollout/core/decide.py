@@ -310,7 +310,9 @@ def _most_time_out(plan: FleetPlan, run: RunState, seen: dict[str, GroupObservat
         and plan.pool_of(g.id).name not in run.paused
         and any(e.answers or e.refusals for e in g.endpoints)
     ]
-    return bool(late) and (len(late) > len(heard) or run.suspect_self_since is not None)
+    # Groups that share a node are one witness: they are cut off together.
+    places_late, places_heard = ({plan.group(g.id).nodes for g in groups} for groups in (late, heard))
+    return bool(late) and (len(places_late) > len(places_heard) or run.suspect_self_since is not None)
 
 
 def _suspect_self(run: RunState, contexts: dict[str, Context], obs: Observation, events: list[Event]) -> RunState:
