@@ -214,6 +214,7 @@ def test_a_step_that_slurm_lost_while_it_lives_on_is_fenced_by_its_port(lab: Fak
     old = engines(fleet, "actor/0")
     for agent in fleet.agents("actor/0"):
         os.kill(agent, signal.SIGSTOP)  # nor does it hear that it is to end
+    lab.cluster.deaf_cancel(6)  # else a slow machine cancels before it looks
     lab.cluster.vanish(".actor-0.")
     lab.cluster.lying_srun(".actor-0.1.0")
     lab.cluster.lying_srun(".actor-0.1.1")
