@@ -481,7 +481,7 @@ class Fleet(RuleBasedStateMachine):
 TestFleet = Fleet.TestCase
 TestFleet.settings = settings(
     derandomize=True,
-    max_examples=60,
+    max_examples=300,
     stateful_step_count=60,
     deadline=None,
     database=None,
