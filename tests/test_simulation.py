@@ -470,6 +470,7 @@ def test_each_bug_can_be_planted(tmp_path: Path) -> None:
     [
         *("forget_one_member", "publish_before_verify", "ignore_the_term", "never_charge"),
         *("serve_a_stale_group", "grant_a_hold_while_a_group_starts", "echo_before_probes_are_drained"),
+        *("charge_a_lost_node", "move_before_the_node_is_lost"),
     ],
 )
 def test_a_bug_is_caught(name: str, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ from slurm_rollout.core.plan import (
     StopPolicy,
 )
 
-A = TypeVar("A", Launch, Go, Snapshot, Stop, Cancel)
+A = TypeVar("A", Launch, Go, Snapshot, Stop, Cancel, CancelLost)
 
 Key = tuple[str, int, str, bool]
 """One step: group, incarnation, node, whether it is a sweep."""
