@@ -363,10 +363,10 @@ MUTANTS = (
         "        pass\n",
     ),
     Mutant(
-        "launch_on_an_excluded_node",
-        "core/group.py",
-        "    if away := ctx.excluded.intersection(ctx.group.nodes):\n",
-        "    if away := ctx.excluded.intersection(()):\n",
+        "take_an_excluded_node",
+        "core/moves.py",
+        "            return 2 if node.back else None\n",
+        "            return 2\n",
     ),
     Mutant(
         "use_a_drained_node_again",

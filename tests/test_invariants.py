@@ -469,12 +469,12 @@ class Fleet(RuleBasedStateMachine):
         assert not any(w.living(g.id) - self.left_on_gone_nodes(g.id) for g in w.state.groups)
 
     def with_nodes(self) -> tuple[GroupState, ...]:
-        """Return the groups but for those that wait for a node, while there is none for them."""
-        w = self.world
-        used = {n for g in w.placed.groups for n in g.nodes if w.state.group(g.id).reason is not Reason.NO_NODE}
-        free = len([n for n in w.plan.nodes if n not in used and w.words.get(n) is not NodeWord.GONE])
-        need = len(w.plan.groups[0].nodes)
-        return tuple(g for g in w.state.groups if g.reason is not Reason.NO_NODE or free >= need)
+        """Return the groups but for those that wait for a node, while there is none that no group has."""
+        w, placed = self.world, self.world.placed
+        gone = {n for n, word in w.words.items() if word is NodeWord.GONE}
+        free = len(set(w.plan.nodes) - gone - {n for g in placed.groups for n in g.nodes})
+        lacks = {g.id: len(gone & set(g.nodes)) for g in placed.groups}
+        return tuple(g for g in w.state.groups if g.reason is not Reason.NO_NODE or free >= lacks[g.id])
 
     def left_on_gone_nodes(self, group: str) -> set[int]:
         w = self.world
@@ -491,10 +491,11 @@ class Fleet(RuleBasedStateMachine):
         for _ in range(150):
             if done():
                 return
+            before = w.state
             decision = self.tick(0.01)
-            asked = decision.actions or decision.wants.listing or decision.wants.job
-            asked = asked or decision.wants.nodes
-            if not self.settle() and not asked and decision.wake_at is not None:
+            asked = decision.actions or decision.wants.listing or decision.wants.job or decision.wants.nodes
+            rests = w.state == before and not decision.actions  # what is asked again and again brings nothing new
+            if not self.settle() and (rests or not asked) and decision.wake_at is not None:
                 w.now = max(w.now, decision.wake_at)
         raise AssertionError(f"not reached: {[(g.id, g.phase.value, g.message) for g in w.state.groups]}")
 
@@ -502,7 +503,7 @@ class Fleet(RuleBasedStateMachine):
 TestFleet = Fleet.TestCase
 TestFleet.settings = settings(
     derandomize=True,
-    max_examples=60,
+    max_examples=300,
     stateful_step_count=60,
     deadline=None,
     database=None,

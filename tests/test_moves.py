@@ -451,6 +451,24 @@ def test_an_operator_drains_a_node_and_takes_it_back() -> None:
     assert said == ["n1: is not used any more; actor/0 moves away from it", "n1: is used again (it was drained)"]
 
 
+def test_a_sweep_on_a_node_that_is_well_is_ended_before_its_group_moves() -> None:
+    w = new()
+    w.kill("actor/0", 1)
+    w.ports_open["actor/0"] = ("n1:18000",)
+    w.heal(lambda: any(s.sweep for s in w.state.group("actor/0").steps))
+    w.tick()
+    w.deaf.add("n1")
+    w.ask("drain", "n0")
+    w.tick()
+    w.tick()
+    assert not w.state.lost_steps
+    assert w.state.group("actor/0").phase is P.FENCING
+    w.deaf.clear()
+    w.ports_open.clear()
+    w.heal(lambda: w.state.group("actor/0").phase is P.READY)
+    assert group(w, "actor/0").nodes == ("n4", "n1")
+
+
 def test_an_operator_can_drain_a_node_on_which_a_group_waits_for_its_time() -> None:
     w = new(spares=0)
     for _ in range(2):

@@ -280,13 +280,15 @@ def _fencing(ctx: Context, g: GroupState, out: Out) -> GroupState:
     now = ctx.obs.now
     sweeps = [s for s in ctx.seen.steps if s.sweep]
     if away := ctx.excluded.intersection(ctx.group.nodes):
+        if living := _not_ended(ctx, g, sweeps, out):
+            return _end_steps(ctx, g, out, living)
+        if not _all_seen(ctx, g):
+            return g
         left = _left_behind(ctx, g, out, [s for s in sweeps if ended(ctx, g, s) is not True])
         if g.charge is not None and g.charge.node in ctx.lost:
             left.append(g.charge.node)
         if left:
             g = _blame_nodes(ctx, g, left)
-        if living := _not_ended(ctx, g, sweeps, out):
-            return _end_steps(ctx, g, out, living)
         # Before the next launch it moves away from there.
         return replace(g, message=f"leaves {', '.join(sorted(away))}", **_NO_STEPS)
     out.want_ports = True
