@@ -577,11 +577,9 @@ def test_a_step_whose_turn_has_not_come_is_neither_ended_nor_asked_about() -> No
     decision = w.tick()
     assert decision.actions == (Stop(group=G, incarnation=1, nodes=("n1",)),)
     assert not decision.wants.listing
-    w.tick()
     assert phase(w) is P.STOPPING
-    w.change(G, "n1", exit=ExitRecord(cause="stopped", message="not started"), process=Process.EXITED)
-    w.tick()
-    assert phase(w) is not P.STOPPING
+    w.tick()  # told to stop, it has ended before it began
+    assert phase(w) is P.FENCING
 
 
 def test_an_agent_that_speaks_and_never_fences_fails_the_start_after_the_fence_time_out_more() -> None:
