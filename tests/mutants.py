@@ -363,12 +363,6 @@ MUTANTS = (
         "        pass\n",
     ),
     Mutant(
-        "take_an_excluded_node",
-        "core/moves.py",
-        "            return 2 if node.back else None\n",
-        "            return 2\n",
-    ),
-    Mutant(
         "use_a_drained_node_again",
         "core/nodes.py",
         "                if node.drained:\n",

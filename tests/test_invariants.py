@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, settings
+from hypothesis import Phase as Stage
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -504,6 +505,7 @@ TestFleet = Fleet.TestCase
 TestFleet.settings = settings(
     derandomize=True,
     max_examples=300,
+    phases=tuple(stage for stage in Stage if stage is not Stage.explain),  # that traces every line: five times as slow
     stateful_step_count=60,
     deadline=None,
     database=None,

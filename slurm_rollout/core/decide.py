@@ -43,7 +43,9 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
     run = _note_blindness(run, obs, events)
     contexts = _contexts(plan, run, obs)
     run, wants = nodes.heed(plan, run, obs, _suspects(run, contexts, obs), events)
-    contexts = {name: replace(c, lost=nodes.lost(run), excluded=moves.excluded(run)) for name, c in contexts.items()}
+    if run.nodes:
+        lost, excluded = nodes.lost(run), moves.excluded(run)
+        contexts = {name: replace(c, lost=lost, excluded=excluded) for name, c in contexts.items()}
 
     actions: list[Action] = [] if wants.cancel is None else [wants.cancel]
     ports, want_listing, want_job, want_nodes = [], wants.listing, False, wants.nodes

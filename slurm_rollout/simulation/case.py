@@ -114,7 +114,8 @@ def sharing(plan: FleetPlan) -> FleetPlan:
         (member,) = group.members
         ports = {name: port + 16 * half for name, port in member.ports.items()}
         url = f"http://{node}:{ports['http']}"
-        member = replace(member, node=node, gpus=tuple(range(4 * half, 4 * half + 4)), ports=ports, url=url)
+        first = 4 * ((index // 2 + half) % 2)  # who has which ports does not go by who has which GPUs
+        member = replace(member, node=node, gpus=tuple(range(first, first + 4)), ports=ports, url=url)
         on = {"addresses": {node: node}, "cpus_per_step": {node: 1}, "gpus_per_step": {node: 8}}
         groups.append(replace(group, members=(member,), shares_nodes=True, **on))  # type: ignore[arg-type]
     nodes = tuple(dict.fromkeys(g.leader.node for g in groups))
