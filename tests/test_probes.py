@@ -247,7 +247,7 @@ async def test_what_is_not_the_asked_for_answer_proves_nothing(reply: bytes | No
         assert watch.seen().last_error.startswith(error)
         assert not watch.seen().proved
         assert watch.seen().refusals == (0 if reply is None else 1)
-        assert set(engine.asked) == {CHAT}
+        assert set(engine.asked) <= {CHAT}
 
 
 async def test_one_deadline_holds_for_a_server_that_drips() -> None:
@@ -665,10 +665,10 @@ async def test_after_a_pause_one_full_period_passes() -> None:
     policy = replace(POLICY, liveness_period_s=0.4)
     async with engines(1) as (engine,), watched() as watch:
         watch.probe(liveness(engine, policy))
-        await watch.until(lambda: engine.asked)
+        await watch.until(lambda: watch.seen().answers)
         watch.prober.pause({"actor/0"})
-        await watch.until(lambda: watch.prober.is_quiet("actor/0"))
         assert not watch.seen().answers
+        await watch.until(lambda: watch.prober.is_quiet("actor/0"))
         engine.asked.clear()
         resumed_at = time.monotonic()
         watch.prober.pause(set())
