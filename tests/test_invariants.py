@@ -32,6 +32,7 @@ from slurm_rollout.core.model import (
     RunState,
     Stop,
 )
+from slurm_rollout.core.moves import waits_for_a_node
 from slurm_rollout.core.phases import ALIVE, MAY_HAVE_STEPS, Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import FencePolicy, FleetPlan, ProbePolicy, ProbeRequest, RestartPolicy, StopPolicy
 from slurm_rollout.testing.world import World, make_plan
@@ -297,8 +298,9 @@ class Fleet(RuleBasedStateMachine):
             if isinstance(action, Launch):
                 assert not (excluded | self.drained).intersection(action.nodes)
         taken: dict[str, str] = {}
+        rest = {g.id for g in after.groups if g.phase in (Phase.PENDING, Phase.STOPPED, Phase.FAILED)}
         for group in self.world.placed.groups:
-            for node in group.nodes:
+            for node in group.nodes if group.id not in rest else ():
                 assert taken.setdefault(node, group.id) == group.id, "two groups are on one node"
 
     def what_is_left_is_on_lost_nodes(self, after: RunState) -> None:
@@ -470,12 +472,13 @@ class Fleet(RuleBasedStateMachine):
         assert not any(w.living(g.id) - self.left_on_gone_nodes(g.id) for g in w.state.groups)
 
     def with_nodes(self) -> tuple[GroupState, ...]:
-        """Return the groups but for those that wait for a node, while there is none that no group has."""
-        w, placed = self.world, self.world.placed
+        """Return the groups but for those that wait for a node, while nobody could start on what nobody uses."""
+        w = self.world
         gone = {n for n, word in w.words.items() if word is NodeWord.GONE}
-        free = len(set(w.plan.nodes) - gone - {n for g in placed.groups for n in g.nodes})
-        lacks = {g.id: len(gone & set(g.nodes)) for g in placed.groups}
-        return tuple(g for g in w.state.groups if g.reason is not Reason.NO_NODE or free >= lacks[g.id])
+        waiting = {g.id for g in w.state.groups if waits_for_a_node(g)}
+        used = {n for g in w.placed.groups for n in g.nodes if g.id not in waiting}
+        free = len(set(w.plan.nodes) - gone - used)
+        return tuple(g for g in w.state.groups if g.id not in waiting or free >= len(w.plan.group(g.id).nodes))
 
     def left_on_gone_nodes(self, group: str) -> set[int]:
         w = self.world
@@ -498,7 +501,8 @@ class Fleet(RuleBasedStateMachine):
             rests = w.state == before and not decision.actions  # what is asked again and again brings nothing new
             if not self.settle() and (rests or not asked) and decision.wake_at is not None:
                 w.now = max(w.now, decision.wake_at)
-        raise AssertionError(f"not reached: {[(g.id, g.phase.value, g.message) for g in w.state.groups]}")
+        told = [(g.id, g.phase.value, g.message) for g in w.state.groups]
+        raise AssertionError(f"not reached: {told}, {w.state.nodes}, {w.state.lost_steps}, {w.nodes}")
 
 
 TestFleet = Fleet.TestCase

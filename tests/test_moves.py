@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from slurm_rollout.core.decide import decide
 from slurm_rollout.core.model import CancelLost, Exclusion, ExitRecord, Launch, NodeWord, Process
 from slurm_rollout.core.names import step_name
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason
@@ -514,6 +515,70 @@ def test_groups_that_share_a_lost_node_go_where_their_gpus_are_free() -> None:
     assert [group(w, f"actor/{i}").nodes for i in range(3)] == [("n2",), ("n1",), ("n1",)]
     assert urls(w, "actor/0") != urls(w, "actor/1")
     assert w.phases() == {P.READY}
+
+
+def test_a_sweep_of_before_a_move_is_no_step_of_the_group_any_more() -> None:
+    """Its srun runs on for a while, and ends at last: neither may hold up the fence elsewhere."""
+    w = new()
+    w.kill("actor/0", 1)
+    w.ports_open["actor/0"] = ("n1:18000",)
+    w.run_until(lambda: any(s.sweep for s in w.state.group("actor/0").steps), after_s=0.2)
+    w.cut.add("n1")
+    w.words["n1"] = NodeWord.DOWN
+    w.ask("drain", "n1")
+    w.run_until(lambda: bool(w.events("moved")), after_s=0.2)
+    assert w.state.group("actor/0").phase is P.FENCING
+    sweep = w.steps["actor/0", 1, "n1", True]
+    w.ports_open.clear()
+    w.list_steps()
+    for process in (Process.RUNNING, Process.EXITED):
+        obs = w.observe()
+        lingers = replace(sweep, process=process, exit=None, exited_at=w.now - 1)
+        groups = tuple(replace(g, steps=(*g.steps, lingers)) if g.id == "actor/0" else g for g in obs.groups)
+        after = decide(w.plan, w.state, replace(obs, groups=groups)).state
+        assert after.group("actor/0").phase is not P.FENCING
+
+
+def two_that_wait() -> World:
+    """Two groups of two nodes, one lost of each, and no spare: one of them can run on what is left."""
+    w = new(spares=0)
+    for name, node in (("actor/0", "n1"), ("actor/1", "n3")):
+        w.words[node] = NodeWord.DOWN
+        w.cut.add(node)
+        w.orphans.add((name, 1, node, False))
+        w.kill(name, 0)
+    go_on(w, 20)
+    return w
+
+
+def test_groups_that_wait_do_not_keep_their_other_nodes_from_one_another() -> None:
+    w = two_that_wait()
+    assert [g.phase for g in w.state.groups] == [P.PENDING, P.READY]
+    assert group(w, "actor/1").nodes == ("n2", "n0")
+    assert "n0 is used by another group; n1 is lost" in w.state.group("actor/0").message
+    w.words.clear()
+    w.cut.clear()
+    go_on(w, 60)
+    assert w.phases() == {P.READY}
+    assert set(group(w, "actor/0").nodes) == {"n1", "n3"}
+    assert group(w, "actor/1").nodes == ("n2", "n0")
+
+
+def test_a_group_that_was_stopped_while_it_waited_takes_nobodys_node_when_it_is_resumed() -> None:
+    w = two_that_wait()
+    w.ask("drain", "actor/0")
+    go_on(w, 1)
+    assert w.state.group("actor/0").phase is P.STOPPED
+    w.kill("actor/1", 0)
+    go_on(w, 10)
+    assert w.state.group("actor/1").phase is P.READY, "who is stopped is in nobody's way"
+    w.ask("resume", "n1", "n3")
+    w.cut.clear()
+    w.words.clear()
+    w.ask("resume", "actor/0")
+    go_on(w, 60)
+    assert w.phases() == {P.READY}
+    assert not set(group(w, "actor/0").nodes) & set(group(w, "actor/1").nodes)
 
 
 def test_groups_that_share_a_node_are_one_witness() -> None:

@@ -243,13 +243,17 @@ def _end_group(ctx: Context, run: RunState, g: GroupState) -> GroupState:
 
 
 def _contexts(plan: FleetPlan, run: RunState, obs: Observation) -> dict[str, Context]:
-    """Return each group's context. Facts of another incarnation than the group's own are left out."""
+    """Return each group's context. Facts of another incarnation than the group's own are left out; so are sweeps of
+    before it moved, whose sruns may linger."""
     observed = {g.id: g for g in obs.groups}
     seen = {}
     for g in run.groups:
         found = observed.get(g.id)
         if found is None or found.incarnation != g.incarnation:
             found = GroupObservation(id=g.id, incarnation=g.incarnation)
+        elif g.places:
+            nodes_now = plan.group(g.id).nodes
+            found = replace(found, steps=tuple(s for s in found.steps if s.node in nodes_now))
         seen[g.id] = found
     living = {g.id for g in run.groups if has_living_steps(seen[g.id])}
     suspect = _most_time_out(plan, run, seen)

@@ -10,7 +10,7 @@ rendezvous; so do the ports that it had there, should it ever come back to that 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from slurm_rollout.core.model import (
@@ -73,34 +73,60 @@ def settle(plan: FleetPlan, run: RunState, obs: Observation, events: list[Event]
 
     One for which there is no node waits in PENDING, and moves as soon as there is one.
     """
-    if run.ending or not any(n.excluded for n in run.nodes):
-        # Whoever waited for a node has its own back.
-        return replace(run, groups=tuple(_awake(g, obs) for g in run.groups)) if _any_waits(run) else run
+    if run.ending or not (
+        any(n.excluded for n in run.nodes) or any(g.places or waits_for_a_node(g) for g in run.groups)
+    ):
+        return run
     for g in run.groups:
         if g.phase not in _HOMELESS or g.steps:
             continue
-        now = placed(plan, run)
-        away = frozenset(now.group(g.id).nodes) & excluded(run)
+        now = _without_waiting(placed(plan, run), run, g.id)
+        away = (excluded(run) | _taken(now, run, g.id)).intersection(now.group(g.id).nodes)
         if not away:
             run = _with(run, _awake(g, obs))
             continue
-        found = _relocate(now, run, obs, g)
+        found = _relocate(now, run, obs, g, away)
         run = _with(run, _wait(g, obs, away, run, events)) if found is None else _move(run, obs, g, found, away, events)
     return run
 
 
-def _any_waits(run: RunState) -> bool:
-    return any(g.phase is Phase.PENDING and g.reason is Reason.NO_NODE for g in run.groups)
+def waits_for_a_node(g: GroupState) -> bool:
+    """Tell whether nothing of the group can run, and its places are anybody's."""
+    return g.phase is Phase.PENDING and g.reason is Reason.NO_NODE
+
+
+def _without_waiting(plan: FleetPlan, run: RunState, but: str) -> FleetPlan:
+    """Return the plan without the groups that wait for a node, but for one: they hold nothing that another could use.
+
+    Else two groups of two nodes, with one lost of each, would keep the other two from one another for ever.
+    """
+    waiting = {g.id for g in run.groups if waits_for_a_node(g) and g.id != but}
+    if not waiting:
+        return plan
+    pools = tuple(replace(p, groups=tuple(g for g in p.groups if g.id not in waiting)) for p in plan.pools)
+    return replace(plan, pools=pools)
+
+
+def _taken(plan: FleetPlan, run: RunState, group_id: str) -> frozenset[str]:
+    """Return the group's nodes on which somebody else is by now: who waited may have lost them."""
+    group = plan.group(group_id)
+    rest = {g.id for g in run.groups if g.phase in (Phase.STOPPED, Phase.FAILED)}
+    others = [g for g in plan.groups if g.id != group_id and g.id not in rest]
+    alone = {m.node for g in others if not _may_share(g, group) for m in g.members}
+    return frozenset(n for n in group.nodes if n in alone or not _has_gpus(others, group, n, n))
+
+
+def _may_share(one: GroupPlan, other: GroupPlan) -> bool:
+    return one.shares_nodes and other.shares_nodes
 
 
 def _awake(g: GroupState, obs: Observation) -> GroupState:
-    if g.phase is not Phase.PENDING or g.reason is not Reason.NO_NODE:
-        return g
-    return _to(g, obs, Phase.FENCING, Reason.NODE_LOST, "its nodes are back")
+    return _to(g, obs, Phase.FENCING, Reason.NODE_LOST, "its nodes are back") if waits_for_a_node(g) else g
 
 
 def _wait(g: GroupState, obs: Observation, away: frozenset[str], run: RunState, events: list[Event]) -> GroupState:
-    why = "; ".join(f"{n.name} is {n.excluded}" for n in run.nodes if n.name in away)
+    known = {n.name: n.excluded for n in run.nodes}
+    why = "; ".join(f"{name} is {known.get(name) or 'used by another group'}" for name in sorted(away))
     message = f"{why}, and no other node is free. It starts when one is: back, or by `resume NODE`"
     if g.phase is Phase.PENDING and g.message == message:
         return g
@@ -121,6 +147,7 @@ def _move(
     places, retired = found
     new = {p.node for p in places}
     used_again = new & away
+    kinds = {n.excluded for n in run.nodes if n.name in away}
     run = replace(
         run,
         # A lost node that is back and empty is taken where there is no better one.
@@ -131,7 +158,6 @@ def _move(
     else:
         taken = ", ".join(p for p in dict.fromkeys(p.node for p in places))
         message = f"from {', '.join(sorted(away - used_again))}; now on {taken}"
-    kinds = {n.excluded for n in run.nodes if n.name in away}
     reason = Reason.NODE_LOST if kinds & {Exclusion.LOST, Exclusion.GONE} else Reason.NODE_EXCLUDED
     events.append(
         Event(
@@ -195,7 +221,7 @@ def _hosts_for(
 ) -> Mapping[str, str] | None:
     """Return old node -> new one for those of its nodes that it leaves; None when there are not enough."""
     kept = [n for n in group.nodes if n not in away]
-    apart = [g for g in plan.groups if g.id != group.id and not (group.shares_nodes and g.shares_nodes)]
+    apart = [g for g in plan.groups if g.id != group.id and not _may_share(g, group)]
     busy = {m.node for g in apart for m in g.members}
     free = [n for n in free_nodes(plan, run, obs) if n not in kept and n not in busy]
     candidates = [n for n in free if n not in away or run.node(n).back]
@@ -213,19 +239,23 @@ def _hosts_for(
 
 def _fits(plan: FleetPlan, group: GroupPlan, old: str, new: str) -> bool:
     """Tell whether what the group has on one node has room on another one, which nobody has alone."""
-    gpus = {g for m in group.on(old) for g in m.gpus}
-    if max(gpus, default=-1) >= plan.hosts[new].gpus:
+    if max((g for m in group.on(old) for g in m.gpus), default=-1) >= plan.hosts[new].gpus:
         return False
-    others = (g for g in plan.groups if g.id != group.id)
+    return _has_gpus([g for g in plan.groups if g.id != group.id], group, old, new)
+
+
+def _has_gpus(others: Iterable[GroupPlan], group: GroupPlan, old: str, new: str) -> bool:
+    """Tell whether nobody uses the GPUs on the new node that the group has on the old one."""
+    gpus = {g for m in group.on(old) for g in m.gpus}
     return all(gpus.isdisjoint(m.gpus) for g in others for m in g.members if m.node == new)
 
 
 def _relocate(
-    plan: FleetPlan, run: RunState, obs: Observation, g: GroupState
+    plan: FleetPlan, run: RunState, obs: Observation, g: GroupState, away: Collection[str]
 ) -> tuple[tuple[Place, ...], tuple[str, ...]] | None:
     """Return the group's new places, by rank, and all its retired ports; None when there is no room for it."""
     group = plan.group(g.id)
-    hosts = _hosts_for(plan, run, obs, group, excluded(run))
+    hosts = _hosts_for(plan, run, obs, group, away)
     if hosts is None:
         return None
     # Also where no step is left something may live that outlived its step: nothing was fenced there since.

@@ -550,14 +550,15 @@ class Fleet:
         assert self.coordinator is not None
         unused = (Exclusion.DRAINED, Exclusion.FAILING)
         barred = {n.name for n in self.coordinator.state.nodes if n.excluded in unused}
-        return self._lacks_nodes(self.coordinator.placed, group, barred)
+        return self._lacks_nodes(self.coordinator.placed, self.coordinator.state, group, barred)
 
-    def _lacks_nodes(self, placed: FleetPlan, group: str, barred: set[str]) -> bool:
+    def _lacks_nodes(self, placed: FleetPlan, run: RunState, group: str, barred: set[str]) -> bool:
         barred = barred | {n.name for n in self.cluster.nodes.values() if n.lost}
         mine = placed.group(group)
-        needs = [n for n in mine.nodes if n in barred]
-        free = [n for n in self.plan.nodes if n not in barred and n not in mine.nodes]
-        return len(needs) > sum(self._has_room(placed.groups, mine, n) for n in free)
+        others = tuple(g for g in placed.groups if not moves.waits_for_a_node(run.group(g.id)))
+        usable = {n for n in self.plan.nodes if n not in barred and self._has_room(others, mine, n)}
+        needs = [n for n in mine.nodes if n not in usable]
+        return len(needs) > len(usable.difference(mine.nodes))
 
     def _is_doomed(self) -> bool:
         """Tell whether nodes are gone for good, without which a pool cannot come back."""
@@ -565,7 +566,7 @@ class Fleet:
             return False
         placed = moves.placed(self.plan, self.files.state)
         return any(
-            sum(not self._lacks_nodes(placed, g.id, set()) for g in pool.groups) < pool.min_ready
+            sum(not self._lacks_nodes(placed, self.files.state, g.id, set()) for g in pool.groups) < pool.min_ready
             for pool in self.plan.pools
         )
 

@@ -155,7 +155,9 @@ class NodeChecker:
         ports: dict[tuple[str, int], str] = {}
         gpus: dict[tuple[str, int], str] = {}
         whole: dict[str, str] = {}
-        for group in moves.placed(self.plan, run).groups:
+        # Who waits for a node, or is stopped, holds none that another could use.
+        rest = {g.id for g in run.groups if g.phase in (Phase.PENDING, Phase.STOPPED, Phase.FAILED)}
+        for group in (g for g in moves.placed(self.plan, run).groups if g.id not in rest):
             for member in group.members:
                 for port in member.ports.values():
                     if (other := ports.setdefault((member.node, port), group.id)) != group.id:
