@@ -34,6 +34,9 @@ lint: $(STAMP) ## ruff, mypy --strict, import contracts
 test: $(STAMP) lint ## everything: lint, unit tests, local backend, fake Slurm, and real Slurm where it is installed
 	$(BIN)/pytest --numprocesses=$(WORKERS) --no-loadscope-reorder $(PYTEST_ARGS)
 
+test-thorough: ## the same, with the cases that CI leaves out
+	@ROLLOUT_THOROUGH=1 $(MAKE) test
+
 test-slurm-versions: $(STAMP) ## the tests on real Slurm 20.11, 24.11 and 26.05, from chroots that it builds (Debian, as root)
 	.ci/slurm-versions
 
@@ -49,4 +52,4 @@ dist: $(STAMP) ## wheel and sdist into dist/
 clean: ## remove what make made
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup demo lint test test-slurm-versions chaos soak dist clean
+.PHONY: help setup demo lint test test-thorough test-slurm-versions chaos soak dist clean
