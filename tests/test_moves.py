@@ -539,6 +539,20 @@ def test_a_sweep_of_before_a_move_is_no_step_of_the_group_any_more() -> None:
         assert after.group("actor/0").phase is not P.FENCING
 
 
+def test_a_spare_that_was_down_when_slurm_was_last_asked_is_asked_about_again() -> None:
+    w = new(1)
+    w.words |= {"n1": NodeWord.GONE, "n2": NodeWord.DOWN}
+    w.cut.add("n1")
+    w.orphans.add(("actor/0", 1, "n1", False))
+    w.kill("actor/0", 0)
+    go_on(w, 10)
+    assert w.state.group("actor/0").phase is P.PENDING
+    del w.words["n2"]
+    go_on(w, 70)
+    assert w.state.group("actor/0").phase is P.READY
+    assert group(w, "actor/0").nodes == ("n0", "n2")
+
+
 def two_that_wait() -> World:
     """Two groups of two nodes, one lost of each, and no spare: one of them can run on what is left."""
     w = new(spares=0)

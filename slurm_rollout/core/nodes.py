@@ -22,7 +22,7 @@ from slurm_rollout.core.model import (
     Observation,
     RunState,
 )
-from slurm_rollout.core.phases import ALIVE, Phase, Reason
+from slurm_rollout.core.phases import ALIVE, Phase
 from slurm_rollout.core.plan import FleetPlan
 
 ASK_RARELY_S = 60.0
@@ -242,11 +242,11 @@ def _find_out(plan: FleetPlan, run: RunState, obs: Observation, suspects: Collec
     """Ask for what the next verdict needs; a fleet that is well asks for nothing."""
     trying = {n for n in suspects if not _is_given_up(run.node(n))}
     pending = [n for n in run.nodes if n.excluded in (Exclusion.LOST, Exclusion.STUCK)]
-    if not trying and not pending:
+    homeless = any(moves.waits_for_a_node(g) for g in run.groups)
+    if not (trying or pending or homeless):
         return
     wants.reach = frozenset(plan.nodes) if trying else frozenset(n.name for n in pending)
     wants.wake_at = obs.now + (1.0 if trying else REPEAT_S)
-    homeless = any(g.phase is Phase.PENDING and g.reason is Reason.NO_NODE for g in run.groups)
     returning = any(not n.back and _answers(obs, n) for n in pending)
     asked_at = max((n.asked_at for n in obs.nodes if n.asked_at is not None), default=None)
     pause_s = ASK_NODES_S if trying or returning else ASK_RARELY_S
