@@ -547,6 +547,7 @@ def test_a_spare_that_was_down_when_slurm_was_last_asked_is_asked_about_again() 
     w.kill("actor/0", 0)
     go_on(w, 10)
     assert w.state.group("actor/0").phase is P.PENDING
+    assert w.state.phase is PoolPhase.WAITING, "n2 may come up again"
     del w.words["n2"]
     go_on(w, 70)
     assert w.state.group("actor/0").phase is P.READY

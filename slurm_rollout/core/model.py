@@ -95,6 +95,7 @@ class GroupState:
     places: tuple[Place, ...] = ()  # by rank; empty: where the plan has it (`core.moves`)
     retired: tuple[str, ...] = ()  # "address:port" that an incarnation on a lost node may still use
     node_failures: int = 0  # incarnations that ended with a node; no budget counts them
+    hopeless: bool = False  # it waits for a node, and too many of the fleet's are out of the job for good
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,8 +86,22 @@ def settle(plan: FleetPlan, run: RunState, obs: Observation, events: list[Event]
             run = _with(run, _awake(g, obs))
             continue
         found = _relocate(now, run, obs, g, away)
-        run = _with(run, _wait(g, obs, away, run, events)) if found is None else _move(run, obs, g, found, away, events)
+        if found is not None:
+            run = _move(run, obs, g, found, away, events)
+        else:
+            waits = _wait(g, obs, away, run, events)
+            run = _with(run, replace(waits, hopeless=not _may_ever(now, run, obs, now.group(g.id), away)))
     return run
+
+
+def _may_ever(plan: FleetPlan, run: RunState, obs: Observation, group: GroupPlan, away: Collection[str]) -> bool:
+    """Tell whether nodes enough are in the job for it, however they are now, and whoever waits for them too."""
+    gone = {n.name for n in run.nodes if n.excluded is Exclusion.GONE}
+    gone |= {n.name for n in obs.nodes if n.word is NodeWord.GONE}
+    busy = {m.node for g in plan.groups if g.id != group.id and not _may_share(g, group) for m in g.members}
+    usable = [n for n in plan.nodes if n not in gone and n not in busy and (n not in group.nodes or n in away)]
+    leaves = [n for n in group.nodes if n in away]
+    return len(usable) >= len(leaves) and all(any(_fits(plan, group, old, new) for new in usable) for old in leaves)
 
 
 def waits_for_a_node(g: GroupState) -> bool:
@@ -169,7 +183,7 @@ def _move(
             data={"nodes": list(dict.fromkeys(p.node for p in places))},
         )
     )
-    g = replace(g, places=places, retired=retired)
+    g = replace(g, places=places, retired=retired, hopeless=False)
     if g.phase is Phase.FENCING:
         g = replace(g, since=obs.now, since_wall=obs.wall, message=message)  # what was seen of ports is of the old ones
     elif g.phase is Phase.PENDING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slurm_rollout.core.model import Exclusion, GroupState, RunState
+from slurm_rollout.core.model import GroupState, RunState
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import FleetPlan, PoolPlan
 
@@ -38,11 +38,9 @@ def serves(pool: PoolPlan, run: RunState, g: GroupState) -> bool:
     return is_alive(g) and weights(pool, run, g) != "stale"
 
 
-def may_come(run: RunState, g: GroupState) -> bool:
+def may_come(g: GroupState) -> bool:
     """Tell whether a group can still come back by itself, or because a node does."""
-    if g.phase is Phase.PENDING and g.reason is Reason.NO_NODE:
-        return any(n.excluded and n.excluded is not Exclusion.GONE for n in run.nodes)
-    return g.phase is not Phase.FAILED
+    return g.phase is not Phase.FAILED and not (g.phase is Phase.PENDING and g.hopeless)
 
 
 def waits_for_time(g: GroupState) -> bool:
@@ -56,7 +54,7 @@ def pool_view(pool: PoolPlan, run: RunState, now: float, degraded_timeout_s: flo
     alive = sum(is_alive(g) for g in groups)
     ready = sum(serves(pool, run, g) for g in groups)
     desired = len(groups)
-    possible = sum(may_come(run, g) for g in groups)
+    possible = sum(may_come(g) for g in groups)
     late = sum(waits_for_time(g) for g in groups)
     reason = ""
     # For the first time it waits for every group that can still come.
