@@ -371,13 +371,13 @@ MUTANTS = (
     Mutant(
         "burn_a_spare_for_what_slurm_refuses",
         "core/group.py",
-        "    if charged and failure.reason in _OF_THE_NODE and failure.node and not refused:\n",
-        "    if charged and failure.reason in _OF_THE_NODE and failure.node:\n",
+        "    if charged and failure.node and failure.kind in (FailureClass.STARTUP, FailureClass.NODE):\n",
+        "    if charged and failure.node:\n",
     ),
     Mutant(
         "two_groups_take_one_spare",
         "core/moves.py",
-        "        now = placed(plan, run)\n        away =",
+        "        now = _without_waiting(placed(plan, run), run, g.id)\n        away =",
         "        now = replace(plan, pools=tuple(\n"
         "            replace(p, groups=tuple(placed(plan, run).group(g.id) if h.id == g.id else h for h in p.groups))\n"
         "            for p in plan.pools\n"

@@ -142,7 +142,8 @@ def test_a_step_that_somebody_cancels_is_a_failure_of_its_group(
     cluster.run(["scancel", victim])
     fleet.wait_serving("actor/0", 2)
     failure = fleet.wait_event("failure", "actor/0")
-    assert failure["reason"] == "step_ended"
+    # The agent may have a moment to tell of its engine's end before it is killed itself.
+    assert failure["reason"] in ("step_ended", "engine_exited")
     assert failure["rank"] == 1
     assert not fleet.events("failure", "actor/1")
 

@@ -26,7 +26,7 @@ from slurm_rollout.core.phases import ALIVE, Phase
 from slurm_rollout.core.plan import FleetPlan
 
 ASK_RARELY_S = 60.0
-"""The same while a group waits for a node."""
+"""Pause between two questions to Slurm about nodes while a group waits for one."""
 
 REPEAT_S = 5.0
 """A lost step that is listed while its node answers is cancelled again after this long."""
