@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Tests wait most of their time, so there may be more of them at once than a small machine has cores.
-WORKERS ?= 4
+WORKERS ?= 3
 STAMP := $(VENV)/.installed
 SEED ?= 1
 MINUTES ?= 30

@@ -500,7 +500,7 @@ def test_an_answer_from_before_the_last_leftovers_end_does_not_count(node: Node,
 @pytest.mark.parametrize(("trouble", "words"), [("fail", "exit 18"), ("hang", "did not answer")])
 def test_an_nvidia_smi_in_trouble_proves_nothing(node: Node, smi: Path, trouble: str, words: str) -> None:
     (smi / trouble).touch()
-    agent = with_gpus(node, smi, [0], fence={**UNSHARED, "timeout_s": 0.5})
+    agent = with_gpus(node, smi, [0], fence={**UNSHARED, "timeout_s": 3})
     message = agent.ended("gpu_memory", 83)["message"]
     assert "nvidia-smi" in message
     assert words in message

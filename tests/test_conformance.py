@@ -91,7 +91,9 @@ class Site:
             text = re.sub(old, new, text)
         # bash tells of what was killed; and an srun that is told to end may do so before the daemon's word is there.
         return [
-            line for line in text.splitlines() if not re.match("(bash|environment): line |slurmstepd.* CANCELLED", line)
+            line
+            for line in text.splitlines()
+            if not re.match("(bash|environment): line |Terminated$|slurmstepd.* CANCELLED", line)
         ]
 
 
