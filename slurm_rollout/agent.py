@@ -99,6 +99,9 @@ MAX_SOCKETS = 100
 MAX_STACKS = 4
 MAX_ANSWER_BYTES = 256 << 10
 SMI_QUESTIONS = ("--query-gpu=index,uuid,utilization.gpu,memory.used", "--query-compute-apps=pid,used_memory")
+LISTEN, TIME_WAIT = 10, 6  # states of TCP, as the kernel numbers them
+SOCK_DIAG, SOCK_DIAG_DUMP = 4, (20, 0x301)  # netlink's number; SOCK_DIAG_BY_FAMILY with NLM_F_REQUEST | NLM_F_DUMP
+NLMSG_ERROR, NLMSG_DONE = 2, 3
 TCP_STATES = "? ESTABLISHED SYN_SENT SYN_RECV FIN_WAIT1 FIN_WAIT2 TIME_WAIT CLOSE CLOSE_WAIT LAST_ACK LISTEN CLOSING"
 
 # A loopback address that no connection uses: only sockets that are bound to every address are in its way.
@@ -698,27 +701,68 @@ def marked(step: Step, process: Process) -> int | None:
 
 
 class Row:
-    """A TCP socket in /proc/net/tcp or tcp6."""
+    """A TCP socket of this node."""
 
     __slots__ = ("address", "inode", "listens", "uid", "waits")
 
-    def __init__(self, fields: list[bytes]) -> None:
-        self.address = tcp_end(fields[1])[0]
-        self.listens = fields[3] == b"0A"
-        self.waits = fields[3] == b"06"  # TIME_WAIT: no process holds it
-        self.uid = int(fields[7])
-        self.inode = fields[9].decode()
+    def __init__(self, address: str, state: int, uid: int, inode: str) -> None:
+        self.address = address
+        self.listens = state == LISTEN
+        self.waits = state == TIME_WAIT  # no process holds it
+        self.uid = uid
+        self.inode = inode
 
 
-def sockets(port: int, listening: bool = False) -> list[Row]:
-    """Return the TCP sockets whose local port this is; the kernel lists the listening ones first."""
-    wanted, rows = b":%04X" % port, []
-    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for fields in tcp_lines(path):
-            if listening and fields[3] != b"0A":
-                break
-            if fields[1].endswith(wanted):
-                rows.append(Row(fields))
+def sockets(port: int) -> list[Row]:
+    """Return the TCP sockets whose local port this is."""
+    wanted = b":%04X" % port
+    return [
+        Row(tcp_end(fields[1])[0], int(fields[3], 16), int(fields[7]), fields[9].decode())
+        for path in ("/proc/net/tcp", "/proc/net/tcp6")
+        for fields in tcp_lines(path)
+        if fields[1].endswith(wanted)
+    ]
+
+
+def listeners(port: int) -> list[Row]:
+    """Return the TCP sockets that listen on this port.
+
+    Asked for while an engine loads, up to fifty times a second: over netlink (sock_diag(7)) the kernel answers in
+    0.1 ms, but for /proc/net/tcp it goes through the table of all connections (7 ms where nothing is connected).
+    """
+    try:
+        return ask_for_listeners(port)
+    except OSError:  # a kernel without inet_diag
+        return [row for row in sockets(port) if row.listens]
+
+
+def ask_for_listeners(port: int) -> list[Row]:
+    """As `listeners`. Raises OSError where the kernel does not answer that."""
+    import struct
+
+    rows = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, SOCK_DIAG) as kernel:
+        kernel.settimeout(1.0)
+        for family in (socket.AF_INET, socket.AF_INET6):
+            question = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, 0, 1 << LISTEN)
+            question += struct.pack("!HH", port, 0) + bytes(44)
+            kernel.send(struct.pack("=IHHII", 16 + len(question), *SOCK_DIAG_DUMP, 0, 0) + question)
+            done = False
+            while not done:
+                answer = kernel.recv(65536)
+                while answer and not done:
+                    size, kind = struct.unpack_from("=IH", answer)
+                    if kind == NLMSG_ERROR:
+                        code = -struct.unpack_from("=i", answer, 16)[0]
+                        raise OSError(code, os.strerror(code))
+                    done = kind == NLMSG_DONE
+                    if not done:
+                        state, local = struct.unpack_from("=xBxx2s", answer, 16)
+                        uid, inode = struct.unpack_from("=II", answer, 16 + 64)
+                        address = socket.inet_ntop(family, answer[24 : 28 if family == socket.AF_INET else 40])
+                        if int.from_bytes(local, "big") == port:
+                            rows.append(Row(address, state, uid, str(inode)))
+                    answer = answer[(size + 3) & ~3 :]
     return rows
 
 
@@ -870,7 +914,7 @@ class GpuMemory:
         self._running: dict[str, tuple[int, int]] = {}  # question -> pid, pipe
         self._asked_at = self._next_at = 0.0
         self._judged_at: float | None = None
-        self._finding = "nvidia-smi was not asked"
+        self._finding = ""  # of its last answer
         self.notes: list[str] = []
         self.lost = ""  # what makes waiting pointless
         if self._wanted and not self._program:
@@ -899,7 +943,7 @@ class GpuMemory:
             self._running = {question: ask([self._program, question, how], self._inbox) for question in questions}
         if any(pid not in self._inbox.exits for pid, _ in self._running.values()):
             silent_s = now - self._asked_at
-            return f"nvidia-smi has not answered for {SMI_SILENT_S:g} s" if silent_s > SMI_SILENT_S else ""
+            return f"nvidia-smi has not answered for {SMI_SILENT_S:g} s" if silent_s > SMI_SILENT_S else self._finding
         self._finding = self._judge(old)
         self._running = {}
         self._next_at = now if self._asked_at < quiet_since else now + SMI_PERIOD_S
@@ -1158,7 +1202,7 @@ def oom_kills() -> int:
 def own_listener(engine: Engine) -> str:
     """Return the address on which the engine listens, empty while it does not. Reports a stranger in its place."""
     member = engine.member
-    rows = sockets(member.port, listening=True)
+    rows = listeners(member.port)
     if not rows:
         engine.strange = []
         return ""

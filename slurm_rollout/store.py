@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import marshal
 import os
-import py_compile
 import shutil
 import socket
 import stat
@@ -18,6 +18,8 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from importlib.machinery import SourceFileLoader
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +50,10 @@ def prepare(run: RunDir, plan: FleetPlan) -> None:
         for words in run.clients.glob("*.json"):  # of a trainer of before; its acknowledgements stay
             words.unlink(missing_ok=True)
         _write_early(run, run.plan, json.dumps(codec.encode(plan), indent=1))
-        agent = Path(__file__).with_name("agent.py").read_text(encoding="utf-8")
-        _write_early(run, run.agent, agent)
+        agent = Path(__file__).with_name("agent.py")
+        _write_early(run, run.agent, agent.read_text(encoding="utf-8"))
         if not plan.slurm.python:  # the nodes' interpreter is ours: it need not compile the agent at every start
-            py_compile.compile(str(run.agent), cfile=str(run.compiled_agent), doraise=True)
+            _write_early(run, run.compiled_agent, _compiled(agent))
     except OSError as e:
         raise StoreError(
             f"{e.filename or run.path}: {e.strerror}. The run directory must be writable; nothing was started"
@@ -82,20 +84,26 @@ def load_plan(run: RunDir) -> FleetPlan:
         raise CorruptFile(f"{run.plan}: {e}") from None
 
 
-def _write_early(run: RunDir, path: Path, text: str) -> None:
+def _compiled(source: Path) -> bytes:
+    """Return what a .pyc of this source holds; compiled anew only where Python has not kept it beside the source."""
+    code = SourceFileLoader(source.stem, str(source)).get_code(source.stem)
+    return MAGIC_NUMBER + bytes(12) + marshal.dumps(code)  # run as a script, nobody compares it with a source
+
+
+def _write_early(run: RunDir, path: Path, content: str | bytes) -> None:
     """Write a file before there is a coordinator."""
     staging = run.path / ".prepare"
     staging.mkdir(mode=0o700, exist_ok=True)
-    _write(staging, path, text)
+    _write(staging, path, content)
 
 
-def _write(staging: Path, path: Path, text: str, mode: int = 0o600) -> None:
+def _write(staging: Path, path: Path, content: str | bytes, mode: int = 0o600) -> None:
     """Replace a file in one step. FileNotFoundError without the staging directory: it must never be made here."""
     tmp = staging / path.name
     with _naming(path):
         fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with open(fd, "w", encoding="utf-8") as f:
-            f.write(text)
+        with open(fd, "wb") as f:
+            f.write(content if isinstance(content, bytes) else content.encode())
         # The umask may have taken bits that status.json needs.
         tmp.chmod(mode)
         os.replace(tmp, path)

@@ -253,7 +253,7 @@ def test_a_stranger_that_listens_is_named_and_never_killed(node: Node, address: 
 
 
 def port_is_taken(port: int) -> bool:
-    return bool(module.sockets(port, listening=True))
+    return bool(module.listeners(port))
 
 
 def test_the_remains_of_connections_are_in_nobodys_way(node: Node) -> None:
@@ -289,6 +289,30 @@ def test_it_is_told_from_the_remains_of_connections_at_the_same_port(node: Node,
     agent.saw("fenced")
     assert any(row.waits for row in module.sockets(port)), "they went away too early to prove anything"
     agent.stop()
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "::", "::1"])
+def test_netlink_and_proc_name_the_same_listeners(address: str) -> None:
+    port = free_port()
+    assert module.ask_for_listeners(port) == []
+    leave_time_wait(port)
+    with occupied(port, listen=False, address=address):
+        assert module.ask_for_listeners(port) == []
+    with occupied(port, address=address):
+        by_netlink, by_proc = module.ask_for_listeners(port), [row for row in module.sockets(port) if row.listens]
+        for [row] in (by_netlink, by_proc):
+            assert row.address == address
+            assert row.uid == os.getuid()
+        assert by_netlink[0].inode == by_proc[0].inode
+
+
+def test_without_netlink_listeners_are_found_in_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SOCK_DIAG", 31)  # no such family: as a kernel without inet_diag
+    port = free_port()
+    with occupied(port):
+        with pytest.raises(OSError, match="not supported"):
+            module.ask_for_listeners(port)
+        assert [row.address for row in module.listeners(port)] == ["0.0.0.0"]
 
 
 def test_the_local_end_of_a_connection_is_named(node: Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import hashlib
 import importlib.metadata
@@ -22,7 +23,9 @@ def fill(venv: Path, cache: Path) -> None:
     """
     package = Path(slurm_rollout.__file__).parent
     [site] = venv.glob("lib/python3.*/site-packages")
-    shutil.copytree(package, site / "slurm_rollout", ignore=shutil.ignore_patterns("__pycache__"))
+    # Compiled here, once, for environments of the same Python; another process may be compiling just now.
+    compileall.compile_dir(package, quiet=2)
+    shutil.copytree(package, site / "slurm_rollout", ignore=shutil.ignore_patterns("*.pyc.*"))
     # Where hatch puts them in a wheel.
     if (package.parent / "templates").is_dir():
         shutil.copytree(package.parent / "templates", site / "slurm_rollout/templates", dirs_exist_ok=True)
