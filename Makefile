@@ -8,6 +8,9 @@ STAMP := $(VENV)/.installed
 SEED ?= 1
 MINUTES ?= 30
 
+# Tests start hundreds of interpreters: without bytecode each would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 
 help: ## this list

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Any
 
-    Evidence = tuple[int, str]  # incarnation, and what gave the process away
+    Origin = tuple[str, int]  # group and incarnation
+    Evidence = tuple[Origin, str]  # whose it is, and what gave the process away
     Look = tuple[float, "Process", dict[str, str]]  # when, what, thread -> state and wait channel
 
 STATUS = {
@@ -62,6 +63,7 @@ TOGETHER_S = 0.1  # within this, a signal that Slurm sends to the whole step rea
 SMI_PERIOD_S = 0.5
 SMI_SILENT_S = 5.0  # from then on nvidia-smi counts as hanging
 COUNTER_TIMEOUT_S = 10.0
+LOOK_AT_ALL_S = 2.0  # a look at all processes costs 1 ms for 100 of this user's, a tenth of that for others'
 PAUSE_LOOK_S = 1.0  # how often the barrier is asked whether the engines sleep
 HEARTBEAT_LOOK_S = 1.0  # and how often whether the coordinator lives
 HANGS_S = 1.0  # a read of the barrier that takes longer
@@ -180,9 +182,7 @@ class Step:
         self.group: str = orders["group"]
         self.incarnation: int = orders["incarnation"]
         self.node: str = orders["node"]
-        self.folder = [self.run_id, self.node, self.group.replace("/", "~")]
-        if any(not name.strip(".") or "/" in name or "\0" in name for name in self.folder):
-            raise ValueError("run_id, group and node must be usable in file names")
+        self.folder = self.folder_of(self.group)
         self.mark = f"{self.run_id}/{self.group}/{self.incarnation}/{self.node}"
         self.members = [Member(member) for member in orders["members"]]
         self.setup: list[str] = orders["setup"]
@@ -191,13 +191,22 @@ class Step:
         self.unshared_gpus: bool = orders["fence"]["unshared_gpus"]
         self.self_fence_s: float = orders["fence"]["self_fence_s"]
         self.barrier: str = orders["fence"]["barrier"]
+        self.absent: dict[str, int] = orders["fence"]["absent"]
         self.grace_s: float = orders["stop"]["grace_s"]
         self.snapshot_s: float = orders["stop"]["snapshot_s"]
         self.probe: dict[str, Any] | None = orders["probe"]
         self.log_max_bytes: int = orders["log"]["max_bytes"]
         self.state_dir: str = orders.get("state_dir") or f"/tmp/slurm-rollout-{os.getuid()}"
         self.slurm_step = slurm_step()
-        self.newest_old = self.incarnation if self.mode == "sweep" else self.incarnation - 1
+        newest_old = self.incarnation if self.mode == "sweep" else self.incarnation - 1
+        self.newest_old = {**self.absent, self.group: newest_old}  # by group; what is newer must live
+
+    def folder_of(self, group: str) -> list[str]:
+        """Return the way to a group's directory. Raises ValueError."""
+        folder = [self.run_id, self.node, group.replace("/", "~")]
+        if any(not name.strip(".") or "/" in name or "\0" in name for name in folder):
+            raise ValueError("run_id, group and node must be usable in file names")
+        return folder
 
 
 def read_orders() -> Step:
@@ -309,12 +318,14 @@ def read_process(pid: int) -> Process | None:
     return Process(pid, text) if text else None
 
 
-def processes(uid: int | None = None, dead: bool = False) -> dict[int, Process]:
+def pids() -> list[str]:
+    return [entry for entry in os.listdir("/proc") if entry.isdigit()]
+
+
+def processes(uid: int | None = None, dead: bool = False, among: Iterable[str] | None = None) -> dict[int, Process]:
     """Return the living processes, with `dead` zombies too, of one user where `uid` is given (most are kernel's)."""
     found = {}
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
+    for entry in pids() if among is None else among:
         try:
             if uid is not None and os.stat("/proc/" + entry).st_uid != uid:
                 continue
@@ -474,6 +485,8 @@ class Records:
         self._step = step
         self._boot = read_file("/proc/sys/kernel/random/boot_id").decode().strip()
         self._written: list[list[int]] = []
+        self._strangers: set[str] = set()
+        self._looks_at_all_at = 0.0
         try:
             own_directory(step.state_dir)
             self._path = os.path.join(step.state_dir, *step.folder)
@@ -493,7 +506,7 @@ class Records:
             message = f"no claim can be written to {self._path}: {error}"
             raise End("bad_config", message, **no_room(error, self._path, step.node)) from None
         # Looked at after our own claim was made, so that of two agents at least the older one sees the other.
-        newest = max((n for n, _ in self._numbered("claim-")), default=0)
+        newest = max((n for n, _ in numbered(self._path, "claim-")), default=0)
         if newest > step.incarnation:
             raise self._other(newest)
 
@@ -508,7 +521,7 @@ class Records:
     def write(self, alone: bool = False) -> None:
         """Write down this process and its descendants (none where it is `alone`), where that has changed."""
         me = os.getpid()
-        tree = [] if alone else below(processes(os.getuid()), [me])
+        tree = [] if alone else self._tree(me)
         rows = sorted([p.pid, p.start] for p in [*tree, read_process(me)] if p is not None)
         if rows == self._written:
             return
@@ -523,46 +536,69 @@ class Records:
             return
         self._written = rows
 
+    def _tree(self, me: int) -> list[Process]:
+        """Return our descendants. Who is none stays none while the pid is theirs: most looks are at new ones only."""
+        now = time.monotonic()
+        if now >= self._looks_at_all_at:
+            self._strangers.clear()
+            self._looks_at_all_at = now + LOOK_AT_ALL_S
+        among = [pid for pid in pids() if pid not in self._strangers]
+        tree = below(processes(os.getuid(), among=among), [me])
+        self._strangers.update(among)
+        self._strangers.difference_update(str(pid) for pid in (me, *(p.pid for p in tree)))
+        return tree
+
     def remove(self) -> None:
         """Our tree is dead: nobody needs to look for it."""
         if self._written:
-            self._unlink(self._step.incarnation)
+            unlink(self._list_name(self._step.incarnation))
 
-    def old(self) -> dict[int, dict[str, Any]]:
-        """Return the lists of this boot that older agents left, by incarnation."""
+    def old(self) -> dict[Origin, dict[str, Any]]:
+        """Return the lists of this boot that older agents left."""
         found = {}
-        for incarnation, name in self._numbered("processes-"):
-            if incarnation > self._step.newest_old:
-                continue
+        for origin, name in self._old_lists():
             try:
                 value = json.loads(read_file(name))
             except ValueError:
                 continue
             if value["boot"] == self._boot:
-                found[incarnation] = value
+                found[origin] = value
         return found
 
     def forget_old(self) -> None:
         """Nothing in the older lists is alive any more."""
-        for incarnation, _ in self._numbered("processes-"):
-            if incarnation <= self._step.newest_old:
-                self._unlink(incarnation)
+        for _, name in self._old_lists():
+            unlink(name)
+
+    def _old_lists(self) -> Iterator[tuple[Origin, str]]:
+        for group, newest in self._step.newest_old.items():
+            folder = os.path.join(self._step.state_dir, *self._step.folder_of(group))
+            for incarnation, name in numbered(folder, "processes-"):
+                if incarnation <= newest:
+                    yield (group, incarnation), name
 
     def _list_name(self, incarnation: int) -> str:
         return os.path.join(self._path, f"processes-{incarnation}")
 
-    def _unlink(self, incarnation: int) -> None:
-        try:
-            os.unlink(self._list_name(incarnation))
-        except OSError:
-            return  # there was none
 
-    def _numbered(self, prefix: str) -> list[tuple[int, str]]:
-        return [
-            (int(name[len(prefix) :]), os.path.join(self._path, name))
-            for name in os.listdir(self._path)
-            if name.startswith(prefix) and name[len(prefix) :].isdigit()
-        ]
+def unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        return  # there was none
+
+
+def numbered(folder: str, prefix: str) -> list[tuple[int, str]]:
+    """Return the files whose names are this prefix and a number; none where there is no such folder."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return [
+        (int(name[len(prefix) :]), os.path.join(folder, name))
+        for name in names
+        if name.startswith(prefix) and name[len(prefix) :].isdigit()
+    ]
 
 
 def forget_ended(step: Step) -> None:
@@ -630,29 +666,29 @@ def own_directory(path: str) -> None:
 
 
 def leftovers(step: Step, records: Records) -> dict[int, tuple[Process, Evidence]]:
-    """Return the living processes of older incarnations of this group on this node.
+    """Return the living processes of older incarnations of this group on this node, and of groups that left it.
 
     Known by the mark in their environment; by the list of an older agent (engines erase their environment when they set
     their title); by their Slurm step; or because one of these started them.
     """
     table = processes(os.getuid())
     lists = records.old()
-    listed: dict[tuple[int, int], int] = {}
-    steps: dict[bytes, int] = {}
-    for incarnation, old in lists.items():
+    listed: dict[tuple[int, int], Origin] = {}
+    steps: dict[bytes, Origin] = {}
+    for origin, old in lists.items():
         for pid, start in old["processes"]:
-            listed[pid, start] = incarnation
+            listed[pid, start] = origin
         slurm = old["slurm"]
         # A step number means something within one start of the job only, and our own step is no leftover.
         if slurm and step.slurm_step and slurm != step.slurm_step and slurm["restart"] == step.slurm_step["restart"]:
-            steps[f"/job_{slurm['job']}/step_{slurm['step']}".encode()] = incarnation
+            steps[f"/job_{slurm['job']}/step_{slurm['step']}".encode()] = origin
     spared = {os.getpid(), *(p.pid for p in below(table, [os.getpid()])), *ancestors(table)}
     found: dict[int, tuple[Process, Evidence]] = {}
     for pid, process in table.items():
         if pid in spared:
             continue
-        whose = marked(step, process)
-        if whose == 0:
+        whose, must_live = marked(step, process)
+        if must_live:
             spared.add(pid)
         elif whose is not None:
             found[pid] = process, (whose, "mark")
@@ -660,9 +696,9 @@ def leftovers(step: Step, records: Records) -> dict[int, tuple[Process, Evidence
             found[pid] = process, (listed[pid, process.start], "process list")
         elif steps:
             cgroup = read_file(f"/proc/{pid}/cgroup")
-            for part, incarnation in steps.items():
+            for part, origin in steps.items():
                 if any(part + end in cgroup for end in (b"/", b"\n")):
-                    found[pid] = process, (incarnation, "Slurm step")
+                    found[pid] = process, (origin, "Slurm step")
     for pid in list(found):
         for process in below(table, [pid], spared):
             found.setdefault(process.pid, (process, (found[pid][1][0], "parent")))
@@ -676,10 +712,10 @@ def ancestors(table: Mapping[int, Process]) -> Iterator[int]:
         pid = table[pid].parent
 
 
-def marked(step: Step, process: Process) -> int | None:
-    """Return the older incarnation that the process's mark names, 0 for one that must live, None without a mark."""
+def marked(step: Step, process: Process) -> tuple[Origin | None, bool]:
+    """Return whose leftover the process is by its mark, None without one; and whether it must live."""
     if process.name in ("srun", "slurmstepd"):
-        return 0  # srun carries the mark of its step, but is the coordinator's; slurmstepd is Slurm's
+        return None, True  # srun carries the mark of its step, but is the coordinator's; slurmstepd is Slurm's
     mark, orders = b"", b""
     for variable in read_file(f"/proc/{process.pid}/environ").split(b"\0"):
         if variable.startswith(b"ROLLOUT_MARK="):
@@ -687,14 +723,23 @@ def marked(step: Step, process: Process) -> int | None:
         elif variable.startswith(b"ROLLOUT_STEP="):
             orders = variable[13:]
     if not mark:
-        return None
-    before, after = f"{step.run_id}/{step.group}/".encode(), f"/{step.node}".encode()
-    number = mark[len(before) : -len(after)]
-    if mark != before + number + after or not number.isdigit() or not 0 < int(number) <= step.newest_old:
-        return 0
+        return None, False
+    run, _, rest = mark.decode(errors="replace").partition("/")
+    group, number, node = rest.rsplit("/", 2) if rest.count("/") > 1 else ("", "", "")
+    old = number.isdigit() and 0 < int(number) <= step.newest_old.get(group, 0)
+    if not old or (run, node) != (step.run_id, step.node):
+        return None, True
     # Only an agent has its orders in the environment that it was started with. A sweep is no leftover: it starts
     # nothing, and two of them (a coordinator was replaced in between) must not end one another.
-    return 0 if orders and json.loads(orders)["mode"] == "sweep" else int(number)
+    if orders and json.loads(orders)["mode"] == "sweep":
+        return None, True
+    return (group, int(number)), False
+
+
+def named(step: Step, origin: Origin) -> str:
+    """Return an incarnation in words; of this agent's own group its number will do."""
+    group, incarnation = origin
+    return f"incarnation {incarnation}" if group == step.group else f"incarnation {incarnation} of {group}"
 
 
 # --------------------------------------------------------------------------------------------------------------- ports
@@ -920,11 +965,11 @@ class GpuMemory:
         if self._wanted and not self._program:
             self.notes.append("nvidia-smi is not on PATH: GPU memory was not judged")
 
-    def waits_for(self, old: Mapping[int, int], quiet_since: float) -> str | None:
+    def waits_for(self, old: Mapping[int, Origin], quiet_since: float) -> str | None:
         """Return what it waits for: None for nothing, "" for an answer that may well come.
 
         Args:
-            old: pid -> incarnation of every process that was found or listed as a leftover.
+            old: pid -> whose it was, of every process that was found or listed as a leftover.
             quiet_since: when the last leftover was seen; older answers do not count.
         """
         questions = []
@@ -952,7 +997,7 @@ class GpuMemory:
             return None
         return self._finding
 
-    def _judge(self, old: Mapping[int, int]) -> str:
+    def _judge(self, old: Mapping[int, Origin]) -> str:
         answers, trouble = {}, ""
         for question, (pid, reader) in self._running.items():
             text = os.read(reader, 1 << 20).decode(errors="replace")
@@ -968,7 +1013,8 @@ class GpuMemory:
             pid = int(row[0]) if row[0].isdigit() else 0
             # The driver lists a process a while after its death; a living one would have been found as a leftover.
             if pid in old and read_process(pid) is None:
-                return f"pid {pid} of incarnation {old[pid]} is dead, but still holds {row[-1]} MiB of GPU memory"
+                whose = named(self._step, old[pid])
+                return f"pid {pid} of {whose} is dead, but still holds {row[-1]} MiB of GPU memory"
         full = []
         rows = answers.get("--query-gpu", [])
         for token in self._tokens if rows else ():
@@ -995,7 +1041,7 @@ def fence(step: Step, records: Records, inbox: Inbox) -> None:
     """Prove that nothing of an older incarnation is left here, then report it. Raises `End` at the deadline."""
     began = time.monotonic()
     gpu = GpuMemory(step, inbox)
-    old = {pid: incarnation for incarnation, v in records.old().items() for pid, _ in v["processes"]}
+    old = {pid: origin for origin, v in records.old().items() for pid, _ in v["processes"]}
     ended: dict[tuple[int, int], dict[str, Any]] = {}
     reported: dict[str, str] = {}
     quiet_since = began
@@ -1003,16 +1049,18 @@ def fence(step: Step, records: Records, inbox: Inbox) -> None:
         now = time.monotonic()
         waits: dict[str, str] = {}
         left = leftovers(step, records)
-        for pid, (process, (incarnation, evidence)) in left.items():
-            found = {"pid": pid, "name": process.name, "incarnation": incarnation, "known_by": evidence}
+        for pid, (process, (origin, evidence)) in left.items():
+            found = {"pid": pid, "name": process.name, "incarnation": origin[1], "known_by": evidence}
+            if origin[0] != step.group:
+                found["group"] = origin[0]
             ended.setdefault((pid, process.start), found)
-            old[pid] = incarnation
+            old[pid] = origin
             again = read_process(pid)
             if again is not None and again.start == process.start:
                 kill(pid)
         if left:
             quiet_since = now
-            names = (f"pid {p.pid} ({p.name}) of incarnation {i}, known by its {e}" for p, (i, e) in left.values())
+            names = (f"pid {p.pid} ({p.name}) of {named(step, o)}, known by its {e}" for p, (o, e) in left.values())
             waits["leftover_process"] = "; ".join(sorted(names))
         taken = [text for text in map(busy, sorted({p for m in step.members for p in m.ports})) if text]
         if taken:

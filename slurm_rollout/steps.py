@@ -102,6 +102,7 @@ class Steps:
         wake: Callable[[], None],
         *,
         umask: int = -1,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         """`umask`: what the steps start with; -1 for this process's own."""
         self._plan = plan
@@ -110,7 +111,9 @@ class Steps:
         self._backend = backend
         self._wake = wake
         self._umask = umask
+        self._clock = clock
         self._steps: dict[Key, _Step] = {}
+        self._incarnations: dict[str, int] = {}  # of every group, as last kept
 
     def replan(self, plan: FleetPlan) -> None:
         """From now on groups start where this plan has them."""
@@ -135,7 +138,7 @@ class Steps:
         """
         queued = [step for step in self._steps.values() if step.process is Process.QUEUED]
         if queued:
-            now = monotonic()
+            now = self._clock()
             room = self._plan.slurm.max_launching - sum(_is_launching(step, now) for step in self._steps.values())
             for step in queued[: max(0, room)]:
                 self._start(step)
@@ -159,7 +162,7 @@ class Steps:
                     umask=self._umask,  # srun hands it on to the engines
                 )
         except (OSError, ValueError) as e:
-            step.process, step.exited_at, step.exit_code = Process.EXITED, monotonic(), 127
+            step.process, step.exited_at, step.exit_code = Process.EXITED, self._clock(), 127
             with contextlib.suppress(OSError):
                 step.stderr.write_text(f"{argv[0]} could not be started: {e}\n", encoding="utf-8")
             return
@@ -180,6 +183,7 @@ class Steps:
             # Engines carry the mark too; only the holder still has the step's description.
             if MARK in environ and "ROLLOUT_STEP" in environ:
                 holders[environ[MARK], environ.get("ROLLOUT_SWEEP") == "1"] = process
+        self.keep(state)
         for g in state.groups:
             for known in g.steps:
                 key = Key(g.id, g.incarnation, known.node, known.sweep)
@@ -189,7 +193,7 @@ class Steps:
                 if holder is not None:
                     self._hold(step, holder.pid)
                 else:
-                    step.exited_at = monotonic()
+                    step.exited_at = self._clock()
                     if known.pid is not None:
                         step.process, step.pid, step.pid_started = Process.EXITED, known.pid, known.pid_started
                         step.exit_code = exits.get((known.pid, known.pid_started))
@@ -206,7 +210,7 @@ class Steps:
         step.process, step.pid = Process.RUNNING, pid
         step.pid_started = found.started if found is not None else 0
         # The kernel counts from boot, as our clock does: so an adopted one has it, too.
-        step.launched_at = found.started * _TICK_S if found is not None else monotonic()
+        step.launched_at = found.started * _TICK_S if found is not None else self._clock()
         try:
             step.pidfd = os.pidfd_open(pid)
         except OSError:
@@ -243,7 +247,7 @@ class Steps:
         """What still waits for its turn has ended before it began."""
         for step in self._of(action):
             if step.process is Process.QUEUED:
-                step.process, step.exited_at = Process.EXITED, monotonic()
+                step.process, step.exited_at = Process.EXITED, self._clock()
                 step.exit = ExitRecord(cause="stopped", message="it was not started yet")
                 self._wake()
 
@@ -269,6 +273,7 @@ class Steps:
 
     def keep(self, state: RunState) -> None:
         """Forget the steps that no group has any more; those whose process still runs are kept until it ends."""
+        self._incarnations = {g.id: g.incarnation for g in state.groups}
         wanted = {Key(g.id, g.incarnation, s.node, s.sweep) for g in state.groups for s in g.steps}
         for key, step in list(self._steps.items()):
             if key in wanted:
@@ -310,7 +315,7 @@ class Steps:
                 code, gone = None, step.pid is None or not proc.lives(step.pid, step.pid_started)
             if gone:
                 # After this, what it wrote is complete: the reports are read below, in this same look.
-                step.process, step.exited_at, step.exit_code = Process.EXITED, monotonic(), code
+                step.process, step.exited_at, step.exit_code = Process.EXITED, self._clock(), code
                 changed = True
         changed |= self._read_reports(step)
         return (not step.spoke and _read_words(step)) or changed
@@ -352,6 +357,7 @@ class Steps:
                 "gpu_memory_mb": pool.fence.gpu_memory_mb,
                 "unshared_gpus": group.unshared_gpus,
                 "self_fence_s": pool.fence.self_fence_s,
+                "absent": self._absent(key.node),
                 "barrier": str(self._run.barrier),
             },
             "stop": {"grace_s": pool.stop.grace_s, "snapshot_s": pool.stop.snapshot_s},
@@ -379,6 +385,11 @@ class Steps:
         if key.sweep:
             environ["ROLLOUT_SWEEP"] = "1"
         return environ
+
+    def _absent(self, node: str) -> dict[str, int]:
+        """Return the groups that are not on a node, with their incarnations: nothing of these may live there."""
+        here = {group.id for group in self._plan.groups if node in group.nodes}
+        return {group: n for group, n in self._incarnations.items() if n and group not in here}
 
     def _member(self, group: GroupPlan, member: Member, key: Key) -> dict[str, Any]:
         pool = self._plan.pool(group.pool)

@@ -259,6 +259,7 @@ class Node:
                 "gpu_memory_mb": 1024,
                 "unshared_gpus": False,
                 "self_fence_s": 0,
+                "absent": {},
                 "barrier": "",
                 **changes.get("fence", {}),
             },
@@ -304,12 +305,13 @@ class Node:
             threading.Thread(target=process.wait, daemon=True).start()
         return process.pid
 
-    def write_list(self, incarnation: int, *processes: tuple[int, int], **changes: Any) -> None:
+    def write_list(self, incarnation: int, *processes: tuple[int, int], group: str = "actor/0", **changes: Any) -> None:
         """Write what an older agent would have written."""
-        self.records.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = self.records.with_name(group.replace("/", "~"))
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         value = {"boot": boot, "slurm": {}, "processes": [list(p) for p in processes], **changes}
-        (self.records / f"processes-{incarnation}").write_text(json.dumps(value))
+        (folder / f"processes-{incarnation}").write_text(json.dumps(value))
 
     def listed(self, incarnation: int = 1) -> set[int]:
         """Return the pids that the agent has written down."""

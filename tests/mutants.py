@@ -395,6 +395,54 @@ MUTANTS = (
         "        plan = moves.placed(self._plan, state)\n        self._store.write_barrier(",
         "        plan = self._plan\n        self._store.write_barrier(",
     ),
+    Mutant(
+        "tell_no_agent_who_left_its_node",
+        "steps.py",
+        "if n and group not in here}",
+        "if n < 0 and group not in here}",
+    ),
+    Mutant(
+        "start_although_the_job_ends",
+        "core/restart.py",
+        "    if left_s >= takes_s + margin_s:\n",
+        "    if left_s >= takes_s or left_s:\n",
+    ),
+    Mutant(
+        "never_start_again_when_there_is_time",
+        "core/group.py",
+        "        if ctx.too_late:\n            return g\n        reason =",
+        "        return g\n        reason =",
+    ),
+    Mutant(
+        "wait_for_time_that_there_is",
+        "core/restart.py",
+        "min(measured), pool.restart.end_margin_s, max(",
+        "3.0 * max(measured), pool.restart.end_margin_s, max(",
+    ),
+    Mutant(
+        "keep_from_the_trainer_that_time_is_short",
+        "core/pools.py",
+        "    elif possible - late < pool.min_ready:\n",
+        "    elif possible - late < 0:\n",
+    ),
+    Mutant(
+        "charge_the_coordinators_silence",
+        "core/failures.py",
+        "            charged = reason is not Reason.SELF_FENCED\n",
+        "            charged = True\n",
+    ),
+    Mutant(
+        "launch_all_at_once",
+        "steps.py",
+        "            for step in queued[: max(0, room)]:\n",
+        "            for step in queued[: max(99, room)]:\n",
+    ),
+    Mutant(
+        "forget_what_waits_for_its_turn",
+        "steps.py",
+        "            if step.process is Process.QUEUED:\n                step.process, step.exited_at",
+        "            if step.process is Process.RUNNING:\n                step.process, step.exited_at",
+    ),
 )
 
 

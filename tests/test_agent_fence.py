@@ -104,6 +104,31 @@ def test_what_an_older_list_names_is_ended_but_never_a_reused_pid(node: Node) ->
     agent.stop()
 
 
+def test_what_a_group_left_behind_on_a_node_that_it_left_is_ended_too(node: Node) -> None:
+    gone = node.bystander(mark=node.mark(group="actor/1", incarnation=2))
+    newer = node.bystander(mark=node.mark(group="actor/1", incarnation=3))
+    neighbour = node.bystander(mark=node.mark(group="actor/2"))
+    listed, newest = node.bystander(), node.bystander()
+    node.write_list(2, (listed, start_ticks(listed)), group="actor/1")
+    node.write_list(3, (newest, start_ticks(newest)), group="actor/1")
+    agent = node.agent(member(), fence={"absent": {"actor/1": 2, "actor/3": 7}})
+    ended = {e["pid"]: (e["group"], e["incarnation"], e["known_by"]) for e in agent.saw("fenced")["ended"]}
+    assert ended == {gone: ("actor/1", 2, "mark"), listed: ("actor/1", 2, "process list")}
+    assert [alive(p) for p in (gone, listed, newer, newest, neighbour)] == [False, False, True, True, True]
+    agent.stop()
+
+
+def test_a_leftover_of_another_group_is_named_with_it(node: Node) -> None:
+    pid = node.bystander(mark=node.mark(group="actor/1"))
+    agent = node.agent(
+        member(),
+        fence={"absent": {"actor/1": 1}, "timeout_s": 0.5},
+        patch="g['kill'] = lambda pid, number=9: None",
+    )
+    message = agent.ended("leftover_process", 82)["message"]
+    assert f"pid {pid} (sleep) of incarnation 1 of actor/1, known by its mark" in message
+
+
 def test_a_list_that_is_no_json_is_no_list(node: Node) -> None:
     node.write_list(1)
     (node.records / "processes-1").write_text("{")

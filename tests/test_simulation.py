@@ -259,6 +259,14 @@ KEPT = {
         Fault(1265.2, "files_are_seen_late", which=0.7, for_s=41.3),
         clients=HASTY,
     ),
+    # Only the group's own next start looked for what was left behind, and that was on another node.
+    "another group comes to where one left a process behind": case(
+        with_spares(plan(2, 1), 1),
+        Fault(1300.0, "process_is_left_behind"),
+        Fault(1300.1, "operator_drains_a_node"),
+        Fault(1500.0, "operator_resumes_nodes"),
+        Fault(1600.0, "operator_drains_a_node", where=0.5),
+    ),
 }
 
 

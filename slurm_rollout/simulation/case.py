@@ -91,7 +91,11 @@ def with_nodes(plan: FleetPlan, rng: random.Random) -> FleetPlan:
     if all(len(g.members) == 1 for g in plan.groups) and rng.random() < 0.5:
         plan = sharing(plan)
     plan = with_spares(plan, rng.choice((0, 0, 1, 1, 2)))
-    return replace(plan, lost_after_s=rng.choice((20.0, 30.0, 60.0)), max_node_failures=rng.choice((1, 2, 2, 3)))
+    plan = replace(plan, lost_after_s=rng.choice((20.0, 30.0, 60.0)), max_node_failures=rng.choice((1, 2, 2, 3)))
+    plan = replace(plan, slurm=replace(plan.slurm, max_launching=rng.choice((1, 2, 4, 32, 32))))
+    self_fence_s = rng.choice((0.0, 0.0, 0.0, 60.0, 120.0))
+    pools = (replace(p, fence=replace(p.fence, self_fence_s=self_fence_s)) for p in plan.pools)
+    return replace(plan, pools=tuple(pools))
 
 
 def with_spares(plan: FleetPlan, count: int) -> FleetPlan:

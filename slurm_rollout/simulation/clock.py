@@ -16,8 +16,13 @@ class Timeline:
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
+        self.wall_is_off_s = 0.0  # somebody set the wall clock
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._planned = 0
+
+    @property
+    def wall(self) -> float:
+        return WALL + self.now + self.wall_is_off_s
 
     def at(self, when: float, do: Callable[[], None]) -> None:
         """Plan `do` for a moment; one that is over is now."""

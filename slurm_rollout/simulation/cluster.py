@@ -6,7 +6,7 @@ the truth may be late, lost or a lie. Times that are not given are those measure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from slurm_rollout.core.model import Job, Listing, NodeWord
@@ -56,6 +56,7 @@ class Cluster:
         self.refuses_launches_until = 0.0
         self.batch_host_cut_until = 0.0
         self.blind_until = 0.0  # the batch host has no descriptor left to look at a port
+        self.job_ends_at: float | None = None  # by its time limit
         self.job_ending = False
         self.job_ended_at = 0.0
         self.questions = 0
@@ -65,6 +66,7 @@ class Cluster:
         self.on_change: Callable[[Incarnation], None] = lambda incarnation: None
         self.on_engine_start: Callable[[Engine], None] = lambda engine: None
         self.on_launch: Callable[[Step], None] = lambda step: None
+        self.heartbeat_at: Callable[[Step], float] = lambda step: self.time.now  # the newest that its agent can see
         self.on_listening: Callable[[Step, int], None] = lambda step, rank: None
         self.on_disturbed_sleep: Callable[[Incarnation, bool], None] = lambda incarnation, local: None
         self.note: Callable[..., None] = lambda *words: None
@@ -73,7 +75,7 @@ class Cluster:
 
     # ----------------------------------------------------------------------------------------------------------- launch
 
-    def launch(self, key: Key, placed: FleetPlan, term: int) -> Step:
+    def launch(self, key: Key, placed: FleetPlan, term: int, absent: Mapping[str, int]) -> Step:
         """Start one srun, of a group as it stands now."""
         group = placed.group(key.group)
         name = step_name(placed, key.group, key.incarnation, key.node, sweep=key.sweep)
@@ -85,7 +87,7 @@ class Cluster:
             old = key.incarnation - 20
             self.incarnations.pop((key.group, old), None)
         self._pids += 1
-        step = Step(key, group, name, self._pids, term, found, self.time.now)
+        step = Step(key, group, name, self._pids, term, found, self.time.now, absent)
         self.on_launch(step)
         if not key.sweep:
             found.steps[key.node] = step
@@ -176,7 +178,7 @@ class Cluster:
     @staticmethod
     def _is_leftover(step: Step, other: Key) -> bool:
         newest = step.key.incarnation if step.key.sweep else step.key.incarnation - 1
-        return other.group == step.key.group and other.incarnation <= newest
+        return other.incarnation <= {**step.absent, step.key.group: newest}.get(other.group, 0)
 
     def _ports_of(self, step: Step) -> Iterable[int]:
         for member in step.plan.on(step.key.node):
@@ -226,10 +228,26 @@ class Cluster:
                 self.on_engine_start(engine)
                 self.time.at(now + step.incarnation.load_s, lambda e=engine: self._loaded(step, e))  # type: ignore[misc]
             self.say(step, report="started", ranks=[m.rank for m in members], pids=[0 for _ in members])
+            if limit_s := self._pools[step.key.group].fence.self_fence_s:
+                self.time.after(limit_s, lambda: self._listen(step, now, limit_s))
         elif step.agent == "serving" and not step.snapshot_taken:
             step.snapshot_taken = True
             delay_s = self.chance.between(0.1, 2.9, "snapshot", step.key)
             self.time.after(delay_s, lambda: self.say(step, report="snapshot"))
+
+    def _listen(self, step: Step, since: float, limit_s: float) -> None:
+        """An agent that saw heartbeats come, and then none for so long, ends its engines."""
+        if step.agent != "serving":
+            return
+        now, heard_at = self.time.now, self.heartbeat_at(step)
+        if heard_at > since:
+            step.heard_at = max(heard_at, step.heard_at or 0.0)
+        if step.heard_at is not None and now - step.heard_at >= limit_s:
+            step.incarnation.hurt("silence", now)
+            self._agent_ends(step, "self_fenced", f"no heartbeat for {now - step.heard_at:.0f} s")
+            return
+        due = now if step.heard_at is None else step.heard_at
+        self.time.at(max(due + limit_s, now + 1.0), lambda: self._listen(step, since, limit_s))
 
     def _loaded(self, step: Step, engine: Engine) -> None:
         if not engine.alive or engine.frozen or engine.killed:
@@ -320,7 +338,12 @@ class Cluster:
         self.time.after(2 * SRUN_ENDS_S, lambda: self._unlist(step))
 
     def _unlist(self, step: Step) -> None:
-        step.listed = False
+        """It is over for Slurm, unless the step stays completing: a prolog, an epilog or a file server that hangs."""
+        completing_until = self.nodes[step.key.node].completing_until
+        if self.time.now < completing_until:
+            self.time.at(completing_until, lambda: self._unlist(step))
+        else:
+            step.listed = False
 
     def _srun_ends(self, step: Step, code: int, words: str) -> None:
         if step.srun_lives:
@@ -466,14 +489,14 @@ class Cluster:
             delay_s,
         )
 
-    def look_at_job(self) -> tuple[Job | None, float]:
-        """Answer whether the job goes on."""
+    def look_at_job(self) -> tuple[Job | None, float | None, float]:
+        """Answer whether the job goes on, and when its time is up; and say after how long that comes."""
         self.questions += 1
         if self.time.now < self.slurm_away_until:
-            return None, self.chance.between(9.0, 18.0, "job", self.questions)
+            return None, None, self.chance.between(9.0, 18.0, "job", self.questions)
         slow = self.time.now < self.slurm_slow_until
         delay_s = self.chance.between(1.0, 80.0, "job", self.questions) if slow else 0.02
-        return Job.ENDING if self.job_ending else Job.RUNNING, delay_s
+        return Job.ENDING if self.job_ending else Job.RUNNING, self.job_ends_at, delay_s
 
     def look_at_nodes(self) -> tuple[dict[str, NodeWord] | None, float]:
         """Answer how the nodes are. None: Slurm does not answer."""
@@ -505,7 +528,7 @@ class Cluster:
         step = None if found is None or key.sweep else found.steps.get(key.node)
         if step is None:
             group = self._groups[key.group]
-            step = Step(key, group, "", 0, 0, Incarnation(group, key.incarnation, 0.0), self.time.now)
+            step = Step(key, group, "", 0, 0, Incarnation(group, key.incarnation, 0.0), self.time.now, {})
             step.srun_lives = False
         return step
 
@@ -596,8 +619,12 @@ class Cluster:
         self._deliver(step)
 
     def let_die(self) -> None:
-        """No process hangs in the kernel any more."""
+        """No process hangs in the kernel any more, and no step stays completing."""
+        for step in self.steps:
+            if self.nodes[step.key.node].completing_until > self.time.now and not (step.lives or step.srun_lives):
+                step.listed = False
         for node in self.nodes.values():
+            node.completing_until = 0.0
             for engine in list(node.engines):
                 engine.unkillable_until = 0.0
                 if engine.killed:
@@ -613,4 +640,4 @@ class Cluster:
                 self._gone(engine)
             self.nodes[name] = Node(name, back_at=self.time.now)
         self.steps.clear()
-        self.job_ending = False
+        self.job_ending, self.job_ends_at = False, None

@@ -16,7 +16,15 @@ from typing import Protocol
 from slurm_rollout import proc
 from slurm_rollout.backend import StepRef
 from slurm_rollout.clients import Clients
-from slurm_rollout.coordinator import FAST_S, QUERY_PAUSE_S, REACH_PERIOD_S, REACH_TIMEOUT_S, SLOW_S, _Reach
+from slurm_rollout.coordinator import (
+    BLIND_PAUSE_S,
+    FAST_S,
+    QUERY_PAUSE_S,
+    REACH_PERIOD_S,
+    REACH_TIMEOUT_S,
+    SLOW_S,
+    _Reach,
+)
 from slurm_rollout.core import codec, moves
 from slurm_rollout.core.decide import decide, is_over
 from slurm_rollout.core.model import (
@@ -44,7 +52,7 @@ from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import LeaseLost
 from slurm_rollout.journal import Journal
 from slurm_rollout.probes import Key as ProbeKey
-from slurm_rollout.simulation.clock import WALL, Chance, Timeline
+from slurm_rollout.simulation.clock import Chance, Timeline
 from slurm_rollout.simulation.cluster import Cluster
 from slurm_rollout.simulation.files import SharedFiles, SimStore
 from slurm_rollout.simulation.known_steps import SimSteps
@@ -84,6 +92,7 @@ class Term:
     number: int
     first: int
     drain: bool = False
+    warned: bool = False  # that Slurm will end the job
 
 
 class Coordinator:
@@ -108,7 +117,8 @@ class Coordinator:
         self.resumed_at = 0.0
         self.kill_at: tuple[str, int] | None = None  # point, and how many times it is passed before
         self.stall_s = 0.0  # stopped for so long between its next journal entry and the action
-        self.stop_signal = term.drain
+        self.stop_signal = term.drain or term.warned
+        self.end_is_near = term.warned
         self.late_deeds = False  # it does what it wrote down before it was stopped
         self._cluster = cluster
         self._files = files
@@ -121,7 +131,7 @@ class Coordinator:
         self.journal = Journal(plan, self._store)
         self.state = found
         self.placed = moves.placed(plan, found)
-        self.steps = SimSteps(self.placed, files.run, found.run_id, cluster, time, term.number)
+        self.steps = SimSteps(self.placed, files.run, found.run_id, cluster, time, term.number, self._step_changed)
         self.probing = Probing(plan, cluster, time, self._probed)
         self._ports: dict[str, tuple[float, tuple[str, ...] | None]] = {}
         self._reach: dict[str, _Reach] = {}
@@ -134,6 +144,8 @@ class Coordinator:
         self._listing_failed_at: float | None = None
         self._job = Job.UNKNOWN
         self._job_asked_at: float | None = None
+        self._job_ends_at: float | None = None
+        self._unanswered: dict[str, int] = {}  # question -> times in a row
         self._heeded: set[str] = set()
         self._clients = Clients(files.run, job=term.job, restart_count=term.restart_count)
         self._words: tuple[ClientWords, ...] = ()
@@ -175,7 +187,7 @@ class Coordinator:
         self._watch.opened(self.term.number)
         self.steps.adopt(self.state, self._cluster.exits())
         first = self.term.number == self.term.first
-        self.journal.note([Event(type="up" if first else "takeover")], WALL + self._time.now)
+        self.journal.note([Event(type="up" if first else "takeover")], self._time.wall)
         self.poke(self._time.now)
 
     # --------------------------------------------------------------------------------------------------------- wake-ups
@@ -198,6 +210,9 @@ class Coordinator:
         now = self._time.now
         fresh = any(g.phase in CHANGING and now - g.since < 10.0 for g in self.state.groups)
         self.poke(now + (FAST_S if fresh or not step.srun_lives else SLOW_S / 2))
+
+    def _step_changed(self) -> None:
+        self.poke(self._time.now + 0.001)
 
     def on_words(self) -> None:
         """A client's file is another one than before."""
@@ -310,6 +325,7 @@ class Coordinator:
             self._pass("act")
             self._act(action)
         self._pass("acted")
+        self.steps.start_queued()
         if decision.state.groups != before.groups:
             self.steps.keep(self.state)
         self.probing.pause({g.id for g in self.plan.groups if g.pool in self.state.paused})
@@ -338,7 +354,7 @@ class Coordinator:
             dues.append(max(decision.wake_at, now + 0.001))
         if self._degraded_at > now:
             dues.append(self._degraded_at)
-        if self.state.ending or self.journal.blocked:
+        if self.state.ending or self.journal.blocked or self.steps.has_queued():
             dues.append(now + 1.0)
         self.poke(min(dues))
 
@@ -365,16 +381,18 @@ class Coordinator:
         now = self._time.now
         return Observation(
             now=now,
-            wall=WALL + now,
+            wall=self._time.wall,
             groups=tuple(groups),
             nodes=self._nodes,
             listing=self._listing,
             listing_failed_at=self._listing_failed_at,
             job=self._job,
             job_asked_at=self._job_asked_at,
+            job_ends_at=self._job_ends_at,
             requests=tuple(requests),
             clients=self._words,
             stop_signal=self.stop_signal,
+            end_is_near=self.end_is_near,
         )
 
     def _act(self, action: Action) -> None:
@@ -425,9 +443,9 @@ class Coordinator:
         audit = obs.now >= self._audit_at
         if audit:
             self._audit_at = obs.now + self.plan.audit_s
-        if decision.wants.listing or audit:
+        if decision.wants.listing or audit or self.state.blind_since is not None:
             self._ask("listing", self._list)
-        if decision.wants.job or audit:
+        if decision.wants.job or audit or self._job_asked_at is None:
             self._ask("job", self._look_at_job)
         if decision.wants.nodes or audit:
             self._ask("nodes", self._ask_of_nodes)
@@ -438,12 +456,20 @@ class Coordinator:
         now = self._time.now
         if name in self._under_way:
             return
-        asked = self._asked.get(name, -QUERY_PAUSE_S)
-        if now - asked >= QUERY_PAUSE_S:
+        pause_s = min(QUERY_PAUSE_S * 2.0 ** min(self._unanswered.get(name, 0), 10), BLIND_PAUSE_S)
+        if self.state.ending:
+            pause_s = QUERY_PAUSE_S
+        asked = self._asked.get(name, -BLIND_PAUSE_S)
+        if now - asked >= pause_s:
             self._asked[name] = now
             question()
         else:
-            self.poke(asked + QUERY_PAUSE_S + 0.001)
+            self.poke(asked + pause_s + 0.001)
+
+    def _note_answer(self, name: str, *, answered: bool) -> None:
+        self._unanswered[name] = 0 if answered else self._unanswered.get(name, 0) + 1
+        if not answered:
+            self._listing_failed_at = self._asked[name] = self._time.now
 
     def _begin(self, name: str, delay_s: float, done: Callable[[], None]) -> None:
         if name in self._under_way:
@@ -466,21 +492,21 @@ class Coordinator:
         answer = self._cluster.list_steps()
 
         def done() -> None:
-            if answer.listing is None:
-                self._listing_failed_at = self._time.now
-            else:
+            self._note_answer("listing", answered=answer.listing is not None)
+            if answer.listing is not None:
                 self._listing = answer.listing
 
         self._begin("listing", answer.delay_s, done)
 
     def _look_at_job(self) -> None:
         asked_at = self._time.now
-        known, delay_s = self._cluster.look_at_job()
+        known, ends_at, delay_s = self._cluster.look_at_job()
 
         def done() -> None:
+            self._note_answer("job", answered=known is not None)
             self._job = Job.UNKNOWN if known is None else known
-            if known is None:
-                self._listing_failed_at = self._time.now
+            if known is not None:
+                self._job_ends_at = ends_at
             self._job_asked_at = asked_at
 
         self._begin("job", delay_s, done)
@@ -490,9 +516,8 @@ class Coordinator:
         known, delay_s = self._cluster.look_at_nodes()
 
         def done() -> None:
-            if known is None:
-                self._listing_failed_at = self._time.now
-            else:
+            self._note_answer("nodes", answered=known is not None)
+            if known is not None:
                 self._said, self._said_at = known, asked_at
                 self._observe_nodes()
 

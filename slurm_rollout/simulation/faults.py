@@ -350,6 +350,25 @@ def cancels_are_lost(fleet: Fleet, fault: Fault) -> None:
     fleet.cluster.cancels_lost_until = fleet.time.now + fault.for_s
 
 
+@kind(2, 5, 250)
+def steps_stay_completing(fleet: Fleet, fault: Fault) -> None:
+    """What ends on a node stays listed for a while: an epilog hangs, or slurmstepd does."""
+    node = fleet.cluster.nodes[node_of(fleet, fault)]
+    node.completing_until = fleet.time.now + fault.for_s
+    node.unkillable_until = max(node.unkillable_until, node.completing_until)
+
+
+@kind(0.7, 90, 3000)
+def job_has_little_time(fleet: Fleet, fault: Fault) -> None:
+    """Its time limit is near; it is requeued when that has passed."""
+    fleet.limit_job(fault.for_s, warned=fault.which < 0.5)
+
+
+@kind(1)
+def time_limit_is_raised(fleet: Fleet, fault: Fault) -> None:
+    fleet.cluster.job_ends_at = None
+
+
 @kind(1, 2, 60)
 def launches_are_refused(fleet: Fleet, fault: Fault) -> None:
     fleet.cluster.refuses_launches_until = fleet.time.now + fault.for_s
@@ -400,6 +419,11 @@ def batch_host_is_cut_off(fleet: Fleet, fault: Fault) -> None:
 def ports_cannot_be_looked_at(fleet: Fleet, fault: Fault) -> None:
     """The batch host has no descriptor left: nothing is observed of any port."""
     fleet.cluster.blind_until = fleet.time.now + fault.for_s
+
+
+@kind(1, 60, 8000)
+def wall_clock_jumps(fleet: Fleet, fault: Fault) -> None:
+    fleet.time.wall_is_off_s += fault.for_s if fault.which < 0.5 else -fault.for_s
 
 
 @kind(2, 5, 300)

@@ -79,6 +79,13 @@ class SharedFiles:
         if self.versions and self.versions[-1].until is None:
             self.versions[-1].until = self._time.now
 
+    def heartbeat_at(self) -> float:
+        """Return when the last heartbeat was written."""
+        if not self.versions:
+            return 0.0
+        until = self.versions[-1].until
+        return self._time.now if until is None else until
+
     def waiting(self) -> list[Request]:
         return [r for visible_at, r in self.requests if visible_at <= self._time.now]
 

@@ -12,7 +12,7 @@ from slurm_rollout.core.bounds import recovery_bound
 from slurm_rollout.core.model import Action, Decision, Exclusion, Observation, RunState
 from slurm_rollout.core.phases import Phase, PoolPhase, Reason
 from slurm_rollout.core.plan import FleetPlan, GroupPlan
-from slurm_rollout.core.pools import serves
+from slurm_rollout.core.pools import serves, waits_for_time
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.simulation import faults as fault_kinds
 from slurm_rollout.simulation.broken import Broken
@@ -32,6 +32,7 @@ COORDINATOR_STARTS_S = 0.3
 CLIENTS_START_S = (1.0, 10.0)
 TRAINER_AFTER_FAILURE_S = 60.0
 NEXT_UP_S = 30.0
+WARNED_S = 60.0  # `#SBATCH --signal=B:USR1@60`
 TRAINER_LOOKS_S = 8.0  # after a fault: long enough for a coordinator that is well to have seen a crash
 PEACE_MARGIN_S = 20.0
 TRACE_LINES = 3000
@@ -67,6 +68,7 @@ class Fleet:
         self.restart_count = 0
         self._crashes: list[float] = []
         self._failed_at: float | None = None
+        self._warned = False  # of the job's end, by Slurm
         self._ended = False  # no other `up` follows
         self._requests = 0
         self._up_over = False
@@ -83,6 +85,7 @@ class Fleet:
         self.cluster.on_change = self._on_change
         self.cluster.on_launch = self._on_launch
         self.cluster.on_engine_start = self._on_engine_start
+        self.cluster.heartbeat_at = self._heartbeat_at
         self.cluster.note = self.note
         self.files.on_barrier = self._on_barrier
 
@@ -108,6 +111,11 @@ class Fleet:
     def _on_launch(self, step: Step) -> None:
         self.note("srun", step.name, "by term", step.term)
         self.checker.launched(step)
+
+    def _heartbeat_at(self, step: Step) -> float:
+        """Return when the newest heartbeat was written that can have reached a node."""
+        node = self.cluster.nodes[step.key.node]
+        return min(node.cut_at, self.files.heartbeat_at()) if node.cut else self.files.heartbeat_at()
 
     def _on_engine_start(self, engine: Engine) -> None:
         self.checker.engine_starts(engine)
@@ -226,6 +234,7 @@ class Fleet:
             number=self.terms,
             first=self._first_term,
             drain=self._failed_at is not None and self.time.now - self._failed_at >= TRAINER_AFTER_FAILURE_S,
+            warned=self._warned,
         )
         self.note("coordinator of term", term.number)
         self.unwell_at = self.time.now
@@ -286,7 +295,12 @@ class Fleet:
         for step in left:
             self.cluster.slurm_kills(step)
         self._up_over = True
-        if not self._ended and not self.cluster.job_ending:
+        if self._ended or self.cluster.job_ending:
+            return
+        if self._warned:
+            self.note("the batch script ends, and the job with it")
+            self.end_job(requeue=True)
+        else:
             self.time.after(NEXT_UP_S, self._next_up)
 
     def _next_up(self) -> None:
@@ -340,6 +354,27 @@ class Fleet:
         if requeue:
             self.time.after(90.0, self._requeue)
 
+    def limit_job(self, left_s: float, *, warned: bool) -> None:
+        """The job has so much time left. Where Slurm warns, the batch script hears of it before."""
+        self.cluster.job_ends_at = ends_at = self.time.now + left_s
+
+        def over() -> None:
+            if self.cluster.job_ends_at == ends_at and not self.cluster.job_ending:
+                self.note("the job's time is up")
+                self.end_job(requeue=True)
+
+        def warn() -> None:
+            if self.cluster.job_ends_at == ends_at and not self.cluster.job_ending and not self._up_over:
+                self.note("Slurm warns of the job's end")
+                self._warned = True
+                if self.coordinator is not None:
+                    self.coordinator.stop_signal = self.coordinator.end_is_near = True
+                    self.coordinator.poke(self.time.now)
+
+        self.time.at(ends_at, over)
+        if warned:
+            self.time.at(ends_at - WARNED_S, warn)
+
     def _requeue(self) -> None:
         if self.coordinator is not None:
             self.coordinator.die()
@@ -347,7 +382,7 @@ class Fleet:
         self.unwell_at = self.time.now
         self.restart_count += 1
         self._first_term = self.terms + 1
-        self._failed_at, self._up_over = None, False
+        self._failed_at, self._up_over, self._warned = None, False, False
         self.cluster.empty()
         self._trainer = self._new_trainer()
         self._reader_epoch = (0, 0, 0)
@@ -459,6 +494,8 @@ class Fleet:
         cluster.refuses_launches_until = cluster.batch_host_cut_until = cluster.blind_until = 0.0
         self.files.full_until = self.files.errors_until = 0.0
         self.slow_starts.clear()
+        if not cluster.job_ending:
+            cluster.job_ends_at = None  # the time limit is raised
         for node in cluster.nodes.values():
             if node.cut:
                 cluster.rejoin(node.name)
@@ -526,6 +563,8 @@ class Fleet:
 
     def _patience_s(self) -> float:
         patience_s = max(self._bound_s(p.name) for p in self.plan.pools)
+        if self.coordinator is not None and any(waits_for_time(g) for g in self.coordinator.state.groups):
+            patience_s += self.plan.audit_s  # that the limit was raised is seen when the job is asked about
         if self.clients:
             # A group may have to wait for the trainer's next `syncing`; one that hangs is asked perhaps once a cycle.
             failures = max(p.probe.liveness_failure_threshold for p in self.plan.pools)

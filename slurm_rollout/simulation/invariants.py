@@ -34,6 +34,7 @@ from slurm_rollout.simulation.cluster import Cluster
 from slurm_rollout.simulation.node_invariants import NodeChecker
 from slurm_rollout.simulation.parts import Engine, Step
 from slurm_rollout.simulation.trainer_invariants import TrainerChecker
+from slurm_rollout.steps import LAUNCH_S
 
 if TYPE_CHECKING:
     from slurm_rollout.simulation.coordinator import Coordinator
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from slurm_rollout.simulation.trainer import Client
 
 HANGS = frozenset({Reason.NOT_ANSWERING, Reason.ANSWERS_ERROR})
-UNCHARGED = frozenset({Reason.TAKEOVER, Reason.LAUNCH_FAILED})
+UNCHARGED = frozenset({Reason.TAKEOVER, Reason.LAUNCH_FAILED, Reason.SELF_FENCED})
 MARGIN_S = 3.0
 
 
@@ -87,6 +88,8 @@ class Checker:
         self._changed: dict[str, tuple[int, int]] = {}  # group -> incarnation that is alive or 0, since which epoch
         self._launched: set[tuple[str, int, str]] = set()
         self._sights: dict[str, float] = {}
+        self._last_start_s: dict[str, float] = {}  # group -> from launch to ready
+        self._fastest_s: dict[str, float] = {}  # pool -> of all its starts so far
         self._bounds = {p.name: recovery_bound(plan, p) for p in plan.pools}
 
     # ------------------------------------------------------------------------------------------------- the truth's side
@@ -95,6 +98,8 @@ class Checker:
         """2 and 11: nothing of the group lives, nothing is started twice."""
         key, now = step.key, self.time.now
         holds_lease = step.term == self.lease
+        if holds_lease:
+            self._are_not_too_many()
         if not key.sweep:
             who = (key.group, key.incarnation, key.node)
             if who in self._launched:
@@ -125,6 +130,19 @@ class Checker:
                         f"{step.name} is launched while a port of incarnation {engine.incarnation.number} still "
                         f"accepts connections on {node.name}",
                     )
+
+    def _are_not_too_many(self) -> None:
+        """18: no more sruns than allowed ask Slurm for their steps at once."""
+        now, limit = self.time.now, self.plan.slurm.max_launching
+        asking = [
+            s
+            for s in self.cluster.steps
+            if s.term == self.lease and s.srun_lives and not s.reports and now - s.launched_at < LAUNCH_S
+        ]
+        if len(asking) > limit:
+            raise Broken(
+                18, f"{len(asking)} sruns wait for their steps at once, {limit} are allowed: {asking[-1].name}"
+            )
 
     def engine_starts(self, engine: Engine) -> None:
         """1 and 2: only one incarnation has engines, and they start after every node was fenced."""
@@ -186,10 +204,21 @@ class Checker:
                 self._rests(new)
         if not decision.events:
             return
+        self._says_that_time_is_short(decision.state)
         for old, new in zip(before.groups, decision.state.groups, strict=True):
             if new.incarnation not in (old.incarnation, old.incarnation + 1):
                 raise Broken(11, f"{old.id}: incarnation {old.incarnation} -> {new.incarnation}")
             self._book(old, new, obs, decision)
+
+    def _says_that_time_is_short(self, run: RunState) -> None:
+        """18: a trainer hears of it when too few groups can be ready before the job ends."""
+        for pool in self.plan.pools:
+            groups = [run.group(g.id) for g in pool.groups]
+            late = sum(g.phase is Phase.BACKOFF and g.reason is Reason.TIME_LEFT for g in groups)
+            if late and len(groups) - late < pool.min_ready and run.phase not in (PoolPhase.STOPPED, PoolPhase.FAILED):
+                raise Broken(
+                    18, f"{late} groups of {pool.name} do not start for want of time, and the run is {run.phase}"
+                )
 
     def _rests(self, g: GroupState) -> None:
         """6: what has failed or was drained left nothing behind."""
@@ -230,6 +259,8 @@ class Checker:
                 if full and charged:
                     raise Broken(8, f"{new.id} is charged for a full disk")
                 lost = new.node_failures > old.node_failures
+                if charged and new.failure.reason is Reason.SELF_FENCED:
+                    raise Broken(8, f"{new.id} is charged for the coordinator's silence")
                 if not (charged or full or lost) and new.failure.reason not in UNCHARGED:
                     raise Broken(8, f"{new.id}: {event.reason} is not charged")
                 ledger.pending = (kind, now) if charged else None
@@ -242,9 +273,14 @@ class Checker:
                 if ledger.pending is not None:
                     self._charge(ledger)
                 self._may_launch(new, ledger, policy)
+                self._is_in_time(new, obs)
+            elif event.type == "waiting" and event.reason == Reason.TIME_LEFT:
+                self._lacks_time(new, obs)
             elif event.type == "failed":
                 ledger.pending = None
-            elif event.type == "ready" and old.phase is Phase.STARTING and new.marks.seen_at is not None:
+            if event.type == "ready" and old.phase is Phase.STARTING:
+                self._note_start(new)
+            if event.type == "ready" and old.phase is Phase.STARTING and new.marks.seen_at is not None:
                 took_s = now - new.marks.seen_at
                 why = new.failure.reason if new.failure is not None else ""
                 self.recoveries.append((self._policies[new.id].name, took_s, why))
@@ -252,6 +288,37 @@ class Checker:
             ledger.pending = None
         if old.phase is Phase.STOPPING and new.phase is Phase.DRAINING:
             ledger.pending = None
+
+    def _note_start(self, g: GroupState) -> None:
+        truth = self.cluster.incarnations[g.id, g.incarnation]
+        took_s = self.time.now - min(s.launched_at for s in truth.steps.values())
+        pool = self._policies[g.id].name
+        self._last_start_s[g.id] = took_s
+        self._fastest_s[pool] = min(took_s, self._fastest_s.get(pool, took_s))
+
+    def _is_in_time(self, g: GroupState, obs: Observation) -> None:
+        """18: what is started can be of use before the job ends, as far as anybody knows."""
+        pool = self._policies[g.id]
+        fastest_s = self._fastest_s.get(pool.name)
+        if obs.job_ends_at is None or fastest_s is None:
+            return
+        left_s = obs.job_ends_at - obs.now
+        if left_s < fastest_s + pool.restart.end_margin_s - MARGIN_S:
+            raise Broken(
+                18, f"{g.id} is started {left_s:.0f} s before the job ends; no start took below {fastest_s:.0f} s"
+            )
+
+    def _lacks_time(self, g: GroupState, obs: Observation) -> None:
+        """18: nothing waits for time that there is."""
+        pool = self._policies[g.id]
+        if obs.job_ends_at is None:
+            raise Broken(18, f"{g.id} does not start for want of time, and the job has no end")
+        known = [self._last_start_s[m.id] for m in pool.groups if m.id in self._last_start_s]
+        left_s = obs.job_ends_at - obs.now
+        if known and left_s > min(known) + pool.restart.end_margin_s + MARGIN_S:
+            raise Broken(
+                18, f"{g.id} does not start {left_s:.0f} s before the job ends; a start took {min(known):.0f} s"
+            )
 
     @staticmethod
     def _charge(ledger: Ledger) -> None:
@@ -390,6 +457,8 @@ class Checker:
             after = state.group(g.id)
             if after.incarnation < g.incarnation:
                 raise Broken(11, f"takeover: {g.id} incarnation {g.incarnation} -> {after.incarnation}")
+            if after.start_s is None:
+                self._last_start_s.pop(g.id, None)
             if another_up and after.phase is Phase.PENDING:  # it begins anew, its budget too
                 self._ledgers[g.id] = Ledger()
             elif (after.runtime_failures, after.start_failures) != (g.runtime_failures, g.start_failures):

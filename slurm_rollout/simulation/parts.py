@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -72,9 +73,18 @@ class Step:
     """One srun and what it started."""
 
     def __init__(
-        self, key: Key, plan: GroupPlan, name: str, pid: int, term: int, incarnation: Incarnation, now: float
+        self,
+        key: Key,
+        plan: GroupPlan,
+        name: str,
+        pid: int,
+        term: int,
+        incarnation: Incarnation,
+        now: float,
+        absent: Mapping[str, int],
     ) -> None:
         self.key = key
+        self.absent = absent  # groups that were not on this node when it was launched -> their incarnations
         self.plan = plan  # as its group stood when it was launched: a sweep's may be another than its incarnation's
         self.name = name
         self.pid = pid
@@ -94,6 +104,7 @@ class Step:
         self.waits_for = ""
         self.snapshot_taken = False
         self.was_fenced = False
+        self.heard_at: float | None = None  # the newest heartbeat that its agent saw, once it saw one come
 
     @property
     def engines(self) -> list[Engine]:
@@ -123,6 +134,7 @@ class Node:
     sickness: str = ""  # how
     sick_at: float = float("-inf")  # it was last
     unkillable_until: float = 0.0  # of any process there, also of one that is gone
+    completing_until: float = 0.0  # steps that ended there stay listed
     deaf_until: float = 0.0  # agents there hear no signal
     late_until: float = 0.0  # signals take seconds
     gpu_stuck_until: float = 0.0

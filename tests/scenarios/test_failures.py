@@ -44,8 +44,8 @@ def test_a_full_disk_is_charged_to_nobody_and_tried_again_ever_later(lab: Lab) -
         assert failure["message"].startswith("rank 1 exited with code 1; ")
         assert where in failure["message"]
         waits.append(fleet.wait_event("launching", "actor/0", incarnation + 1)["at"] - failure["at"])
-    assert waits[0] >= 1.0
-    assert waits[1] >= 2.0
+    assert waits[0] >= 0.99  # times are rounded, each
+    assert waits[1] >= 1.99
     assert failure_of(fleet, "actor/0", "disk_full")["node"] == failure["node"]
     assert "CLASS" in (status := lab.cli("status", check=False))
     assert "disk_full a file system is full: make room" in status
