@@ -42,7 +42,7 @@ from slurm_rollout.testing.slurm_cluster import SlurmCluster
 from slurm_rollout.testing.world import make_plan
 from tests.mutants import MUTANTS, by_simulation, plant
 
-SEEDS = 250
+SEEDS = 150
 HOURS = 0.5
 
 
