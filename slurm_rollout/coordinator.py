@@ -19,14 +19,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from slurm_rollout import proc
-from slurm_rollout.backend import Backend, NodeFacts, StepRef, monotonic, told_time_left_s
+from slurm_rollout.backend import Backend, StepRef, monotonic, told_time_left_s
 from slurm_rollout.clients import Clients
 from slurm_rollout.core import moves
 from slurm_rollout.core.decide import decide, is_over
@@ -40,11 +40,8 @@ from slurm_rollout.core.model import (
     Go,
     GroupObservation,
     GroupState,
-    Job,
     Launch,
     Listing,
-    NodeObservation,
-    NodeWord,
     Observation,
     RunState,
     Snapshot,
@@ -56,8 +53,9 @@ from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import LeaseLost, RolloutError, Unobservable
 from slurm_rollout.hook import EventHook
 from slurm_rollout.journal import Journal
-from slurm_rollout.ports_check import answers, open_ports
+from slurm_rollout.ports_check import open_ports
 from slurm_rollout.probes import Key, Prober, Target
+from slurm_rollout.questions import Background, Questions
 from slurm_rollout.rundir import RunDir, event_files
 from slurm_rollout.steps import Steps
 from slurm_rollout.store import Store, load_plan, load_state, read_requests, without_place
@@ -73,31 +71,6 @@ SLOW_S = 0.25
 
 HOOK_END_S = 2.0
 """So long the last events may take to reach `on_event` at the end of a term."""
-
-REACH_PERIOD_S, REACH_TIMEOUT_S = 1.0, 1.0
-"""How often it is tried whether nodes answer, where a decision waits for that, and how long each is given."""
-
-QUERY_PAUSE_S = 1.0
-"""Least pause between two questions of one kind to Slurm."""
-
-BLIND_PAUSE_S = 15.0
-"""It doubles with every question that gets no answer, up to this: a slurmctld that comes back meets all its clients."""
-
-
-@dataclass(slots=True)
-class _Reach:
-    """Whether connections to a node are answered. Only time in which somebody looked counts as silence."""
-
-    answered_at: float | None = None
-    silent_s: float = 0.0
-    looked_at: float | None = None
-
-    def note(self, answered: bool | None, now: float) -> None:
-        if answered:
-            self.answered_at, self.silent_s = now, 0.0
-        elif answered is False and self.looked_at is not None:
-            self.silent_s += min(now - self.looked_at, REACH_PERIOD_S + REACH_TIMEOUT_S)
-        self.looked_at = now if answered is not None else None
 
 
 @dataclass(slots=True)
@@ -139,18 +112,8 @@ class Coordinator:
         self._exits = exits
         self._prober = Prober(clock=monotonic, wake=self._woken.set)
         self._ports: dict[str, _PortCheck] = {}
-        self._reach: dict[str, _Reach] = {}
-        self._said: Mapping[str, NodeFacts] = {}  # of nodes, by Slurm
-        self._said_at: float | None = None
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._unanswered: dict[str, int] = {}  # questions to Slurm -> how often in a row
-        self._asked: dict[str, float] = {}
-        self._listing: Listing | None = None
-        self._listing_failed_at: float | None = None
-        self._job = Job.UNKNOWN
-        self._job_asked_at: float | None = None
-        self._job_ends_at: float | None = None
-        self._job_end_unasked = True
+        self._background = Background(self._woken.set)
+        self._questions = Questions(plan, backend, self._background, self._woken.set)
         self._stop = drain
         self._end_is_near = end_is_near
         self._supervisor = supervisor
@@ -181,9 +144,7 @@ class Coordinator:
             return SUPERSEDED
         finally:
             self._steps.detach()
-            for task in self._tasks.values():
-                task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await self._background.aclose()
             await self._prober.aclose()
             if self._hook is not None:
                 await self._hook.aclose(HOOK_END_S)
@@ -212,7 +173,7 @@ class Coordinator:
         """Take the batch script's word for the job's end, unless it may be old: then Slurm is asked once."""
         left_s = told_time_left_s(os.environ, time.time())
         if left_s is not None and self._state.term == self._first_term:
-            self._job_ends_at, self._job_end_unasked = monotonic() + left_s, False
+            self._questions.note_time_left(left_s)
 
     def _announce(self) -> None:
         adopted = sum(
@@ -313,27 +274,16 @@ class Coordinator:
             now=now,
             wall=time.time(),
             groups=tuple(groups),
-            nodes=tuple(self._observe_node(name) for name in dict.fromkeys((*self._reach, *self._said))),
-            listing=self._listing,
-            listing_failed_at=self._listing_failed_at,
-            job=self._job,
-            job_asked_at=self._job_asked_at,
-            job_ends_at=self._job_ends_at,
+            nodes=self._questions.nodes(),
+            listing=self._questions.listing,
+            listing_failed_at=self._questions.failed_at,
+            job=self._questions.job,
+            job_asked_at=self._questions.job_asked_at,
+            job_ends_at=self._questions.job_ends_at,
             requests=tuple(requests),
             clients=self._words,
             stop_signal=self._stop,
             end_is_near=self._end_is_near,
-        )
-
-    def _observe_node(self, name: str) -> NodeObservation:
-        reach, said = self._reach.get(name, _Reach()), self._said.get(name)
-        return NodeObservation(
-            name=name,
-            answered_at=reach.answered_at,
-            silent_s=reach.silent_s,
-            word=said.word if said is not None else NodeWord.UNKNOWN,
-            reason=said.reason if said is not None else "",
-            asked_at=self._said_at if said is not None else None,
         )
 
     def _act(self, action: Action) -> None:
@@ -344,7 +294,7 @@ class Coordinator:
             case Go() | Snapshot() | Stop():
                 self._steps.signal(action)
             case Cancel() | CancelLost():
-                self._begin("cancel", self._cancel())
+                self._background.begin("cancel", self._cancel())
 
     def _targets(self) -> dict[Key, Target]:
         """Say which entrypoints are probed, and how: only sockets that an agent found to be its own engine's."""
@@ -372,7 +322,7 @@ class Coordinator:
             return
         for folder in (self._run.logs, self._run.steps):
             path = folder / action.group / str(oldest)
-            self._begin(f"forget {path}", asyncio.to_thread(shutil.rmtree, path, ignore_errors=True))
+            self._background.begin(f"forget {path}", asyncio.to_thread(shutil.rmtree, path, ignore_errors=True))
 
     async def _end(self, status: int) -> int:
         left = [f"{g.id} on {', '.join(s.node for s in g.steps)}" for g in self._state.groups if g.steps]
@@ -386,104 +336,19 @@ class Coordinator:
     def _find_out(self, decision: Decision, obs: Observation) -> None:
         wants = decision.wants
         for group_id in wants.ports:
-            self._begin(f"ports {group_id}", self._check_ports(group_id))
+            self._background.begin(f"ports {group_id}", self._check_ports(group_id))
         audit = obs.now >= self._audit_at
         if audit:
             self._audit_at = obs.now + self._plan.audit_s
-        # Slurm alone can say that it answers again, and somebody may look at `status` to see that.
-        if wants.listing or audit or self._state.blind_since is not None:
-            self._ask("listing", self._list)
-        if wants.job or audit or self._job_end_unasked:
-            self._job_end_unasked = False
-            self._ask("job", self._look_at_job)
-        if wants.nodes or audit:
-            self._ask("nodes", self._ask_of_nodes)
+        self._questions.ask(
+            # Slurm alone can say that it answers again, and somebody may look at `status` to see that.
+            listing=wants.listing or audit or self._state.blind_since is not None,
+            job=wants.job or audit,
+            nodes=wants.nodes or audit,
+            hurry=bool(self._state.ending),
+        )
         if wants.reach:
-            self._begin("reach", self._try_nodes(wants.reach))
-
-    def _ask(self, name: str, question: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Ask Slurm, unless the same question is under way or was asked just now."""
-        now = monotonic()
-        pause_s = min(QUERY_PAUSE_S * 2.0 ** min(self._unanswered.get(name, 0), 10), BLIND_PAUSE_S)
-        if self._state.ending:  # the drain has a limit
-            pause_s = QUERY_PAUSE_S
-        if name not in self._tasks and now - self._asked.get(name, -BLIND_PAUSE_S) >= pause_s:
-            self._asked[name] = now
-            self._begin(name, question())
-
-    def _note_answer(self, name: str, error: Unobservable | None = None) -> None:
-        """Note that Slurm answered a question, or that it did not."""
-        self._unanswered[name] = 0 if error is None else self._unanswered.get(name, 0) + 1
-        if error is not None:
-            self._listing_failed_at = self._asked[name] = monotonic()
-            log.warning("%s", error)
-
-    def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` beside the loop, once at a time per name."""
-        if name in self._tasks:
-            work.close()
-            return
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks[name] = task
-        task.add_done_callback(lambda done: self._finish(name, done))
-
-    def _finish(self, name: str, done: asyncio.Task[None]) -> None:
-        self._tasks.pop(name, None)
-        if not done.cancelled() and (error := done.exception()) is not None:
-            log.error("%s: %s", name, error, exc_info=error)
-        self._woken.set()
-
-    async def _list(self) -> None:
-        try:
-            self._listing = await self._backend.listing()
-        except Unobservable as e:
-            self._note_answer("listing", e)
-        else:
-            self._note_answer("listing")
-
-    async def _look_at_job(self) -> None:
-        asked_at = monotonic()
-        try:
-            facts = await self._backend.job()
-            self._job = facts.job
-            left_s = facts.time_left_s
-            # On the monotonic clock from here on: a wall clock that jumps must neither stop nor start anything.
-            self._job_ends_at = None if left_s is None else monotonic() + left_s
-        except Unobservable as e:
-            self._job = Job.UNKNOWN  # its end stays what it was known to be
-            self._note_answer("job", e)
-        else:
-            self._note_answer("job")
-        self._job_asked_at = asked_at
-
-    async def _ask_of_nodes(self) -> None:
-        asked_at = monotonic()
-        try:
-            self._said = await self._backend.nodes(self._plan.nodes)
-        except Unobservable as e:
-            self._note_answer("nodes", e)
-        else:
-            self._note_answer("nodes")
-            self._said_at = asked_at
-
-    async def _try_nodes(self, names: Sequence[str]) -> None:
-        """See which of these nodes answer, each at the first port of every member that has been there, and one more."""
-        ports = {name: {pool.ports.base for pool in self._plan.pools} for name in names}
-        for group in (*self._plan.groups, *self._placed.groups):
-            for member in group.members:
-                if member.node in ports:
-                    ports[member.node].add(member.ports["http"])
-
-        async def look(name: str) -> None:
-            host = self._plan.hosts[name].address
-            answered = await answers([(host, port) for port in sorted(ports[name])], REACH_TIMEOUT_S)
-            self._reach.setdefault(name, _Reach()).note(answered, monotonic())
-
-        for name in [n for n in self._reach if n not in ports]:
-            del self._reach[name]  # what it was is not what it is
-        await asyncio.gather(*(look(name) for name in names))
-        self._woken.set()
-        await asyncio.sleep(REACH_PERIOD_S)
+            self._questions.try_nodes(wants.reach, self._placed)
 
     async def _check_ports(self, group_id: str) -> None:
         since, before = self._state.group(group_id).since, self._ports.get(group_id)

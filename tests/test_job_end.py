@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from slurm_rollout import coordinator as coordinator_module
+from slurm_rollout import questions
 from slurm_rollout.backend import JobFacts, monotonic, told_time_left_s
 from slurm_rollout.coordinator import Coordinator
 from slurm_rollout.core.model import Decision, Job, Observation
 from slurm_rollout.errors import Unobservable
 from slurm_rollout.local import LocalBackend
+from slurm_rollout.questions import Background, Questions
 from slurm_rollout.rundir import RunDir
 from slurm_rollout.slurm.requeue import requeue
 from slurm_rollout.testing.world import World, make_plan
@@ -54,7 +55,8 @@ def look(folder: Path, slurm: Slurm, *, ticks: int = 3, first_term: int = 1) -> 
             obs = made._observe([])
             seen.append(obs)
             made._find_out(Decision(state=made._state), obs)
-            await asyncio.gather(*made._tasks.values())
+            await made._background.settle()
+        await made._background.aclose()
         await made._prober.aclose()
 
     asyncio.run(run())
@@ -64,7 +66,7 @@ def look(folder: Path, slurm: Slurm, *, ticks: int = 3, first_term: int = 1) -> 
 @pytest.fixture(autouse=True)
 def untold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
-    monkeypatch.setattr(coordinator_module, "QUERY_PAUSE_S", 0.0)
+    monkeypatch.setattr(questions, "QUERY_PAUSE_S", 0.0)
 
 
 def test_slurm_is_asked_once_at_the_start_where_nobody_was_told(tmp_path: Path, slurm: Slurm) -> None:
@@ -105,21 +107,27 @@ def test_a_wall_clock_that_jumps_and_a_silent_slurm_change_nothing_and_no_limit_
     slurm.left_s = 100.0
 
     async def run() -> None:
-        plan = make_plan(1)
-        made = Coordinator(plan, RunDir(tmp_path), World(plan).state, slurm, {}, first_term=1, drain=False)
-        await made._look_at_job()
-        known = made._observe([]).job_ends_at
+        background = Background(wake=lambda: None)
+        made = Questions(make_plan(1), slurm, background, wake=lambda: None)
+
+        async def ask() -> None:
+            made.ask(listing=False, job=True, nodes=False, hurry=True)
+            await background.settle()
+
+        await ask()
+        known = made.job_ends_at
         assert known is not None
         now = time.time()
         monkeypatch.setattr(time, "time", lambda: now + 7200)
-        assert made._observe([]).job_ends_at == known
+        assert made.job_ends_at == known
         slurm.silent = True
-        await made._look_at_job()
-        assert (made._observe([]).job_ends_at, made._observe([]).job) == (known, Job.UNKNOWN)
+        await ask()
+        assert (made.job_ends_at, made.job) == (known, Job.UNKNOWN)
+        assert made.failed_at is not None
         slurm.silent, slurm.left_s = False, None
-        await made._look_at_job()
-        assert made._observe([]).job_ends_at is None
-        await made._prober.aclose()
+        await ask()
+        assert made.job_ends_at is None
+        assert slurm.asked == 3
 
     asyncio.run(run())
 

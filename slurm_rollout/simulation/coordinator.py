@@ -14,17 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from slurm_rollout import proc
-from slurm_rollout.backend import StepRef
+from slurm_rollout.backend import NodeFacts, StepRef
 from slurm_rollout.clients import Clients
-from slurm_rollout.coordinator import (
-    BLIND_PAUSE_S,
-    FAST_S,
-    QUERY_PAUSE_S,
-    REACH_PERIOD_S,
-    REACH_TIMEOUT_S,
-    SLOW_S,
-    _Reach,
-)
+from slurm_rollout.coordinator import FAST_S, SLOW_S
 from slurm_rollout.core import codec, moves
 from slurm_rollout.core.decide import decide, is_over
 from slurm_rollout.core.model import (
@@ -40,7 +32,6 @@ from slurm_rollout.core.model import (
     Launch,
     Listing,
     NodeObservation,
-    NodeWord,
     Observation,
     Request,
     RunState,
@@ -52,6 +43,7 @@ from slurm_rollout.core.plan import FleetPlan
 from slurm_rollout.errors import LeaseLost
 from slurm_rollout.journal import Journal
 from slurm_rollout.probes import Key as ProbeKey
+from slurm_rollout.questions import REACH_PERIOD_S, REACH_TIMEOUT_S, Pace, Reach, observe_nodes
 from slurm_rollout.simulation.clock import Chance, Timeline
 from slurm_rollout.simulation.cluster import Cluster
 from slurm_rollout.simulation.files import SharedFiles, SimStore
@@ -134,18 +126,16 @@ class Coordinator:
         self.steps = SimSteps(self.placed, files.run, found.run_id, cluster, time, term.number, self._step_changed)
         self.probing = Probing(plan, cluster, time, self._probed)
         self._ports: dict[str, tuple[float, tuple[str, ...] | None]] = {}
-        self._reach: dict[str, _Reach] = {}
-        self._said: dict[str, NodeWord] = {}
+        self._reach: dict[str, Reach] = {}
+        self._said: dict[str, NodeFacts] = {}
         self._said_at: float | None = None
         self._nodes: tuple[NodeObservation, ...] = ()
-        self._asked: dict[str, float] = {}
+        self._pace = Pace()
         self._under_way: set[str] = set()
         self._listing: Listing | None = None
-        self._listing_failed_at: float | None = None
         self._job = Job.UNKNOWN
         self._job_asked_at: float | None = None
         self._job_ends_at: float | None = None
-        self._unanswered: dict[str, int] = {}  # question -> times in a row
         self._heeded: set[str] = set()
         self._clients = Clients(files.run, job=term.job, restart_count=term.restart_count)
         self._words: tuple[ClientWords, ...] = ()
@@ -385,7 +375,7 @@ class Coordinator:
             groups=tuple(groups),
             nodes=self._nodes,
             listing=self._listing,
-            listing_failed_at=self._listing_failed_at,
+            listing_failed_at=self._pace.failed_at,
             job=self._job,
             job_asked_at=self._job_asked_at,
             job_ends_at=self._job_ends_at,
@@ -456,20 +446,12 @@ class Coordinator:
         now = self._time.now
         if name in self._under_way:
             return
-        pause_s = min(QUERY_PAUSE_S * 2.0 ** min(self._unanswered.get(name, 0), 10), BLIND_PAUSE_S)
-        if self.state.ending:
-            pause_s = QUERY_PAUSE_S
-        asked = self._asked.get(name, -BLIND_PAUSE_S)
-        if now - asked >= pause_s:
-            self._asked[name] = now
+        next_at = self._pace.next_at(name, hurry=bool(self.state.ending))
+        if now >= next_at:
+            self._pace.note_question(name, now)
             question()
         else:
-            self.poke(asked + pause_s + 0.001)
-
-    def _note_answer(self, name: str, *, answered: bool) -> None:
-        self._unanswered[name] = 0 if answered else self._unanswered.get(name, 0) + 1
-        if not answered:
-            self._listing_failed_at = self._asked[name] = self._time.now
+            self.poke(next_at + 0.001)
 
     def _begin(self, name: str, delay_s: float, done: Callable[[], None]) -> None:
         if name in self._under_way:
@@ -492,7 +474,7 @@ class Coordinator:
         answer = self._cluster.list_steps()
 
         def done() -> None:
-            self._note_answer("listing", answered=answer.listing is not None)
+            self._pace.note_answer("listing", self._time.now, answered=answer.listing is not None)
             if answer.listing is not None:
                 self._listing = answer.listing
 
@@ -503,7 +485,7 @@ class Coordinator:
         known, ends_at, delay_s = self._cluster.look_at_job()
 
         def done() -> None:
-            self._note_answer("job", answered=known is not None)
+            self._pace.note_answer("job", self._time.now, answered=known is not None)
             self._job = Job.UNKNOWN if known is None else known
             if known is not None:
                 self._job_ends_at = ends_at
@@ -516,9 +498,10 @@ class Coordinator:
         known, delay_s = self._cluster.look_at_nodes()
 
         def done() -> None:
-            self._note_answer("nodes", answered=known is not None)
+            self._pace.note_answer("nodes", self._time.now, answered=known is not None)
             if known is not None:
-                self._said, self._said_at = known, asked_at
+                said = {name: NodeFacts(word=word, reason="as Slurm says") for name, word in known.items()}
+                self._said, self._said_at = said, asked_at
                 self._observe_nodes()
 
         self._begin("nodes", delay_s, done)
@@ -541,7 +524,7 @@ class Coordinator:
                 return
             changed = False
             for name in names:
-                known = self._reach.setdefault(name, _Reach())
+                known = self._reach.setdefault(name, Reach())
                 before = known.answered_at is not None, known.silent_s > 0
                 known.note(self._cluster.reaches(name), now)
                 changed |= before != (known.answered_at is not None, known.silent_s > 0)
@@ -554,18 +537,7 @@ class Coordinator:
         self._time.after(REACH_TIMEOUT_S if late else 0.002, done)
 
     def _observe_nodes(self) -> None:
-        nowhere = _Reach()
-        self._nodes = tuple(
-            NodeObservation(
-                name=name,
-                answered_at=(reach := self._reach.get(name, nowhere)).answered_at,
-                silent_s=reach.silent_s,
-                word=self._said.get(name, NodeWord.UNKNOWN),
-                reason="as Slurm says" if name in self._said else "",
-                asked_at=self._said_at if name in self._said else None,
-            )
-            for name in dict.fromkeys((*self._reach, *self._said))
-        )
+        self._nodes = observe_nodes(self._reach, self._said, self._said_at)
 
     def _check_ports(self, group_id: str) -> None:
         g, group = self.state.group(group_id), self.placed.group(group_id)
