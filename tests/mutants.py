@@ -396,6 +396,12 @@ MUTANTS = (
         "        plan = self._plan\n        self._store.write_barrier(",
     ),
     Mutant(
+        "believe_that_one_node_is_silent_while_all_are",
+        "core/nodes.py",
+        "    return bool(answering) and not any(n.silent_s for n in others)\n",
+        "    return True\n",
+    ),
+    Mutant(
         "tell_no_agent_who_left_its_node",
         "steps.py",
         "if n and group not in here}",

@@ -139,6 +139,50 @@ def test_no_node_is_given_up_while_slurm_is_silent_too() -> None:
     assert not [a for a in w.actions(Launch) if a.incarnation > 1]
 
 
+def cut_off(w: World, *nodes: str) -> None:
+    """The only group times out, as it does where its leader's node is cut off; and so do these nodes."""
+    w.cut.update(nodes)
+    w.orphans.update(("actor/0", 1, node, False) for node in nodes)
+    for rank in range(2):
+        w.probe("actor/0", rank, failures=9, last_error="no answer within 30 s")
+
+
+def keep_timing_out(w: World, seconds: float) -> None:
+    for _ in range(int(seconds)):
+        w.tick(1.0)
+
+
+def test_the_only_group_is_given_up_where_its_node_alone_is_silent_and_moves() -> None:
+    """It is most of the groups, so we are the suspect; and the agent on the node that is cut off cannot agree."""
+    w = new(1)
+    cut_off(w, "n0")
+    keep_timing_out(w, w.plan.lost_after_s - 5)
+    assert w.state.suspect_self_since is not None
+    assert w.state.group("actor/0").phase is P.READY
+    keep_timing_out(w, 10)
+    g = w.state.group("actor/0")
+    assert g.failure is not None
+    assert (g.phase, g.failure.node) == (P.STOPPING, "n0")
+    go_on(w, w.plan.lost_after_s + 10)
+    assert w.state.node("n0").excluded is Exclusion.LOST
+    assert (w.state.group("actor/0").phase, group(w, "actor/0").nodes) == (P.READY, ("n2", "n1"))
+    assert (w.state.group("actor/0").runtime_failures, w.state.group("actor/0").start_failures) == ((), ())
+
+
+@pytest.mark.parametrize(
+    "whose_fault", ["another node is silent, too", "none answers", "Slurm is silent, too", "it answers"]
+)
+def test_else_the_only_group_is_left_alone(whose_fault: str) -> None:
+    w = new(1)
+    cut_off(w, *{"another node is silent, too": ("n0", "n2"), "none answers": w.plan.nodes}.get(whose_fault, ("n0",)))
+    w.blind = whose_fault == "Slurm is silent, too"
+    if whose_fault == "it answers":
+        w.cut.clear()
+    keep_timing_out(w, 5 * w.plan.lost_after_s)
+    assert w.state.group("actor/0").phase is P.READY
+    assert not w.state.nodes
+
+
 def test_nodes_of_which_none_answers_say_that_we_are_cut_off() -> None:
     w = new(1, spares=1)
     w.cut |= set(w.plan.nodes)

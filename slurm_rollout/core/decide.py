@@ -42,7 +42,12 @@ def decide(plan: FleetPlan, run: RunState, obs: Observation) -> Decision:
     run = clients.heed(plan, run, obs, events)
     run = _note_blindness(run, obs, events)
     contexts = _contexts(plan, run, obs)
-    run, wants = nodes.heed(plan, run, obs, _suspects(run, contexts, obs), events)
+    doubted = _doubted(run, contexts)
+    run, wants = nodes.heed(plan, run, obs, _suspects(run, contexts, obs), doubted, events)
+    if run.suspect_self_since is not None:
+        since = run.suspect_self_since
+        silent = frozenset(n for n in doubted if nodes.silent_alone(plan, run, obs, n, since))
+        contexts = {name: replace(c, silent=silent) for name, c in contexts.items()}
     if run.nodes:
         lost, excluded = nodes.lost(run), moves.excluded(run)
         contexts = {name: replace(c, lost=lost, excluded=excluded) for name, c in contexts.items()}
@@ -295,6 +300,19 @@ def _suspects(run: RunState, contexts: Mapping[str, Context], obs: Observation) 
             found.setdefault(charge.node, nodes.Trouble(since=charge.at, step_lives=False))
     found.pop("", None)
     return found
+
+
+def _doubted(run: RunState, contexts: Mapping[str, Context]) -> frozenset[str]:
+    """Return the nodes whose engines would be given up if the coordinator did not suspect itself."""
+    if run.suspect_self_since is None:
+        return frozenset()
+    return frozenset(
+        contexts[g.id].group.members[e.rank].node
+        for g in run.groups
+        if g.phase in ALIVE
+        for e in contexts[g.id].seen.endpoints
+        if e.failures >= contexts[g.id].pool.probe.liveness_failure_threshold
+    )
 
 
 def _most_time_out(plan: FleetPlan, run: RunState, seen: dict[str, GroupObservation]) -> bool:

@@ -6,6 +6,7 @@ SGLang's leader kills itself with 9: run, 0.32 and 0.5.23) and srun's code does 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from slurm_rollout.core import srun_words
@@ -53,8 +54,12 @@ def find_failure(
     obs: Observation,
     *,
     ask_agents: bool,
+    silent: Collection[str] = (),
 ) -> Found | None:
-    """Return the failure of the current incarnation, the most telling one first; None when there is none."""
+    """Return the failure of the current incarnation, the most telling one first; None when there is none.
+
+    `ask_agents`: an engine that times out for us only is no failure, unless its node is one of the `silent` ones.
+    """
     pool = plan.pool(group.pool)
 
     def found(
@@ -120,9 +125,9 @@ def find_failure(
         for endpoint in seen.endpoints:
             if endpoint.failures < pool.probe.liveness_failure_threshold:
                 continue
-            if ask_agents and not _agent_agrees(group, pool, seen, endpoint):
-                continue
             member = group.members[endpoint.rank]
+            if ask_agents and member.node not in silent and not _agent_agrees(group, pool, seen, endpoint):
+                continue
             reason = Reason.ANSWERS_ERROR if endpoint.refusals else Reason.NOT_ANSWERING
             message = f"{endpoint.failures} liveness probes failed in a row: {endpoint.last_error}"
             # One member that hangs silences all: the first to reach the threshold is a witness, not the culprit.

@@ -87,6 +87,7 @@ class Context:
     obs: Observation
     seen: GroupObservation  # of the current incarnation; empty when nothing was observed of it
     ask_agents: bool = False  # most groups time out at once: only what the agents see too counts
+    silent: frozenset[str] = frozenset()  # and what is on these nodes: all others answer
     others_live: bool = True  # another group has living steps, so the job is not ending
     kept: str = ""  # why a trainer's client keeps its pool's groups from starting
     lost: frozenset[str] = frozenset()  # nodes whose steps are not waited for
@@ -481,7 +482,7 @@ def _ready(ctx: Context, g: GroupState, out: Out) -> GroupState:
 
 def _serving(ctx: Context, g: GroupState, out: Out) -> GroupState:
     """READY and UNREADY: a failure ends it, an answer that says "no" only takes its URLs out of the barrier."""
-    found = find_failure(ctx.plan, ctx.group, g, ctx.seen, ctx.obs, ask_agents=ctx.ask_agents)
+    found = find_failure(ctx.plan, ctx.group, g, ctx.seen, ctx.obs, ask_agents=ctx.ask_agents, silent=ctx.silent)
     if found is not None:
         return fail(ctx, g, found.failure, out, charged=found.charged)
     slow = any(e.slow for e in ctx.seen.endpoints)

@@ -54,9 +54,19 @@ class Wants:
 
 
 def heed(
-    plan: FleetPlan, run: RunState, obs: Observation, suspects: Mapping[str, Trouble], events: list[Event]
+    plan: FleetPlan,
+    run: RunState,
+    obs: Observation,
+    suspects: Mapping[str, Trouble],
+    doubted: Collection[str],
+    events: list[Event],
 ) -> tuple[RunState, Wants]:
-    """Take in what was seen of nodes."""
+    """Take in what was seen of nodes.
+
+    Args:
+        suspects: nodes with a step that does not end, or that did not start.
+        doubted: nodes whose engines time out while the coordinator suspects itself: `silent_alone` tells which it is.
+    """
     wants = Wants()
     draining = {n.name for n in obs.nodes if n.word is NodeWord.DRAINING}
     concerned = draining.union(suspects, (n.name for n in run.nodes))
@@ -69,8 +79,21 @@ def heed(
             after = replace(after, excluded=Exclusion.GONE, message=f"Slurm took it out of the job: {after.message}")
         run = remember(run, after)
     run = _watch_lost(run, obs, wants, events)
-    _find_out(plan, run, obs, suspects, wants)
+    _find_out(plan, run, obs, {*suspects, *doubted}, wants)
     return run, wants
+
+
+def silent_alone(plan: FleetPlan, run: RunState, obs: Observation, name: str, since: float) -> bool:
+    """Tell whether a node is silent since then, while every other one answers, and Slurm: the fault is not ours."""
+    seen = obs.node(name)
+    slurm_answered = run.blind_since is None and seen.asked_at is not None and seen.asked_at >= since
+    return slurm_answered and seen.silent_s >= plan.lost_after_s and _others_answer(plan, run, obs, name)
+
+
+def _others_answer(plan: FleetPlan, run: RunState, obs: Observation, name: str) -> bool:
+    others = [obs.node(n) for n in plan.nodes if n != name and not run.node(n).excluded]
+    answering = [n for n in others if n.answered_at is not None and obs.now - n.answered_at < plan.lost_after_s]
+    return bool(answering) and not any(n.silent_s for n in others)
 
 
 def _is_given_up(node: NodeState) -> bool:
@@ -169,11 +192,7 @@ def _verdict(
         silent = f"no answer from it for {seen.silent_s:.0f} s, and {what}"
         if asked and seen.word is NodeWord.SILENT:
             return Exclusion.LOST, f"{silent}; Slurm does not hear it either"
-        others = [obs.node(n) for n in plan.nodes if n != name and not run.node(n).excluded]
-        answering = [n for n in others if n.answered_at is not None and obs.now - n.answered_at < plan.lost_after_s]
-        if answering and not any(n.silent_s for n in others):
-            return Exclusion.LOST, silent
-        return None
+        return (Exclusion.LOST, silent) if _others_answer(plan, run, obs, name) else None
     if not trouble.step_lives:
         return None
     here = [g for g in plan.groups if name in g.nodes]

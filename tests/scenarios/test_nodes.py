@@ -92,3 +92,19 @@ def test_a_drained_node_loses_its_group_to_the_spare_and_is_taken_back(lab: Lab)
     assert undisturbed(fleet, "reward/0")
     assert "is used again" in lab.cli("resume", drained)
     assert "nothing to do" in lab.cli("resume", drained)
+
+
+@pytest.mark.parametrize("lab", [pytest.param("slurm", marks=pytest.mark.slurm)], indirect=True)
+def test_the_only_group_needs_no_verdict_of_slurm_when_its_node_alone_is_silent(lab: FakeLab) -> None:
+    """Most groups time out, so the coordinator suspects itself, and no agent can agree that is cut off."""
+    include = 'include = "n[2-4]"\n'  # n1 is the coordinator's own
+    fleet = lab.up(groups=1, entrypoints="leader", nodes=f"{include}spares = 1\nlost_after_s = 3\n")
+    lab.wait_ready()
+    before = budget(fleet, "actor/0")
+    lab.cut("n2")
+    failure = fleet.wait_event("failure", "actor/0", timeout_s=40)
+    assert (failure["reason"], failure["node"]) == ("not_answering", "n2")
+    fleet.wait_serving("actor/0", 2, timeout_s=60)
+    assert nodes(fleet, "actor/0") == ["n4", "n3"]
+    assert fleet.wait_event("node_excluded")["node"] == "n2"
+    assert budget(fleet, "actor/0") == before
