@@ -232,11 +232,11 @@ def _watch_lost(run: RunState, obs: Observation, wants: Wants, events: list[Even
             up = obs.node(node.name).word in (NodeWord.UP, NodeWord.DRAINING)
             if node.name in answering and node.name not in left_on and up:
                 if node.drained:
-                    message = f"it answers again, and nothing of before lives on it; {node.drained}"
+                    message = f"it answers again, and no step of before is left on it; {node.drained}"
                     events.append(Event(type="node_back", node=node.name, reason=Exclusion.DRAINED, message=message))
                     run = remember(run, replace(node, excluded=Exclusion.DRAINED, message=node.drained))
                     continue
-                message = "it answers again, and nothing of before lives on it: used again where no other is free"
+                message = "it answers again, and no step of before is left on it: used again where no other is free"
                 events.append(Event(type="node_back", node=node.name, reason=node.excluded, message=message))
                 run = remember(run, replace(node, back=True))
         elif node.back and obs.node(node.name).silent_s:
