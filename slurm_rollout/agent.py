@@ -227,7 +227,9 @@ def slurm_step() -> dict[str, str]:
     environ = os.environ
     job = environ.get("SLURM_JOB_ID", "")
     step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", ""))
-    return {"job": job, "step": step, "restart": environ.get("SLURM_RESTART_COUNT", "0")} if job and step else {}
+    if not (job and step.isdigit()):  # 26.05: a batch script has -5
+        return {}
+    return {"job": job, "step": step, "restart": environ.get("SLURM_RESTART_COUNT", "0")}
 
 
 # ------------------------------------------------------------------------------------------------------------- signals

@@ -95,6 +95,7 @@ def strict(real_slurm: None, request: pytest.FixtureRequest) -> Iterator[SlurmCl
             show_logs(cluster)
 
 
+@pytest.mark.timeout(300)  # a request a second, for some forty of them
 def test_a_limited_rate_of_requests_makes_starts_slow_and_fails_none(strict: SlurmCluster) -> None:
     cluster = strict
     with SlurmFleet(cluster) as fleet:

@@ -250,15 +250,19 @@ def test_what_an_ordinary_user_may_not_touch(place: Path) -> None:
     assert sorted(p.name for p in place.iterdir()) == ["fleet.toml", "secret.toml"]
 
 
-@pytest.mark.parametrize("line", ["", "exec "])
-def test_up_warns_where_signals_will_not_reach_it(tmp_path: Path, line: str) -> None:
-    """Slurm (22.05) starts a job's script as `/bin/bash …/slurm_script`, and signals that process alone."""
+@pytest.mark.parametrize(("line", "step"), [("", ""), ("", "-5"), ("exec ", ""), ("exec ", "-5")])
+def test_up_warns_where_signals_will_not_reach_it(tmp_path: Path, line: str, step: str) -> None:
+    """Slurm (22.05) starts a job's script as `/bin/bash …/slurm_script`, and signals that process alone.
+
+    From 26.05 on the script has a step number, which is none.
+    """
     (tmp_path / "fleet.toml").write_text(SPEC)
     (tmp_path / "file").write_text("")
     script = tmp_path / "slurm_script"
     command = f"{line}{sys.executable} -m slurm_rollout up fleet.toml --backend=local --run-dir=file"
     script.write_text(f"#!/bin/bash\n{command}\n{'' if line else 'exit $?'}\n")
     environ = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"SLURM_JOB_ID": "12"}
+    environ |= {"SLURM_STEP_ID": step} if step else {}
     done = subprocess.run(
         ["/bin/bash", str(script)], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=30
     )

@@ -112,7 +112,8 @@ def run_up(args: argparse.Namespace) -> int:
 
 def _warn_unless_exec() -> None:
     """In a batch script, TERM reaches only the process that Slurm started (measured, 22.05.8)."""
-    if "SLURM_JOB_ID" not in os.environ or "SLURM_STEP_ID" in os.environ:
+    in_a_step = os.environ.get("SLURM_STEP_ID", "").isdigit()  # 26.05: -5 in a batch script; before, none
+    if "SLURM_JOB_ID" not in os.environ or in_a_step:
         return
     try:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
