@@ -323,8 +323,8 @@ MUTANTS = (
     Mutant(
         "give_up_one_of_several_silent_nodes",
         "core/nodes.py",
-        "        if answering and not any(n.silent_s for n in others):\n",
-        "        if answering or not others:\n",
+        "        return (Exclusion.LOST, silent) if _others_answer(plan, run, obs, name) else None\n",
+        "        return Exclusion.LOST, silent\n",
     ),
     Mutant(
         "move_before_the_node_is_lost",

@@ -214,6 +214,7 @@ ENTRIES = {
     "nothing_starts_under_a_hold_and_one_whose_client_is_gone_expires": "The trainer keeps a group from starting",
     "a_hold_waits_for_the_start_in_progress": "The trainer keeps a group from starting",
     "a_group_whose_node_is_lost_moves_to_the_spare_at_no_cost": "A node is lost",
+    "the_only_group_needs_no_verdict_of_slurm_when_its_node_alone_is_silent": "A node is lost",
     "without_a_spare_a_group_waits_and_starts_by_itself_when_its_node_is_back": "No node is left",
     "a_drained_node_loses_its_group_to_the_spare_and_is_taken_back": "Drained, stopped, restarted by people",
     "a_full_disk_is_charged_to_nobody_and_tried_again_ever_later": "A disk is full",

@@ -1189,8 +1189,8 @@ def test_srun_runs_it_on_every_node_of_an_allocation(cluster: SlurmCluster) -> N
                 """\
                 #!/bin/bash
                 export PATH=$HOME/bin:$PATH
-                srun --overlap -N4 --ntasks-per-node=1 ./slurm-rollout-nodecheck --json --wait 30 --ports 14000-14009 \\
-                    --dir "$PWD" > lines
+                srun --overlap -N4 --ntasks-per-node=1 --output=line-%N ./slurm-rollout-nodecheck --json --wait 30 \\
+                    --ports 14000-14009 --dir "$PWD"
                 echo $? > code
                 """
             )
@@ -1198,7 +1198,7 @@ def test_srun_runs_it_on_every_node_of_an_allocation(cluster: SlurmCluster) -> N
             cluster.wait_job(job, "COMPLETED", timeout_s=60)
         finally:
             stranger.terminate()
-    documents = [json.loads(line) for line in (cluster.home / "lines").read_text().splitlines()]
+    documents = [json.loads(path.read_text()) for path in cluster.home.glob("line-*")]
     by_node = {d["node"]: {row["check"]: row for row in d["checks"]} for d in documents}
     assert by_node.keys() == set(cluster.nodes)
     assert {d["job"] for d in documents} == {job}
