@@ -104,7 +104,7 @@ class Steps:
         umask: int = -1,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`umask`: what the steps start with; -1 for this process's own."""
+        """`umask`: what the steps start with; -1 for this process's own. `clock`: seconds since boot."""
         self._plan = plan
         self._run = run
         self._run_id = run_id
