@@ -111,7 +111,7 @@ def test_a_pool_below_min_ready_for_ever_makes_the_barrier_failed_and_a_run_that
     assert document(w)["message"].startswith("actor/1: failed no restarts are allowed; last: exit code 1")
     w.stop_signal = True
     w.run_until(lambda: w.phases() == {P.STOPPED})
-    assert document(w)["phase"] == "failed"
+    assert (document(w)["phase"], document(w)["reason"]) == ("failed", "budget_spent")
 
 
 def test_a_resumed_group_makes_a_failed_pool_wait_again() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from slurm_rollout.core.barrier_rules import barrier_document
 from slurm_rollout.core.decide import decide
 from slurm_rollout.core.model import CancelLost, Exclusion, ExitRecord, Launch, NodeWord, Process
 from slurm_rollout.core.names import step_name
@@ -31,6 +32,11 @@ def lose(w: World, group: str, node: str) -> None:
         w.probe(group, rank, failures=9, last_error="no answer within 30 s")
     w.tick()
     assert w.state.group(group).phase is P.STOPPING
+
+
+def reason(w: World) -> object:
+    """Return the reason that the trainer reads."""
+    return barrier_document(w.plan, w.state, now=w.now, seq=1)["reason"]
 
 
 def go_on(w: World, seconds: float, step_s: float = 0.5) -> None:
@@ -234,7 +240,10 @@ def test_a_pool_whose_node_slurm_took_away_is_failed_and_says_why() -> None:
     lose(w, "actor/0", "n1")
     go_on(w, 5)
     assert w.state.group("actor/0").phase is P.PENDING
-    assert w.state.phase is PoolPhase.FAILED
+    assert (w.state.phase, reason(w)) == (PoolPhase.FAILED, "no_node")
+    w.stop_signal = True
+    w.run_until(lambda: all(g.phase is P.STOPPED for g in w.state.groups))
+    assert (w.state.phase, reason(w)) == (PoolPhase.FAILED, "no_node"), "what was said stays said"
 
 
 def test_a_second_lost_node_finds_no_spare_and_the_operator_brings_the_first_back() -> None:

@@ -59,7 +59,9 @@ def barrier_document(
     kept = {p.name: keeps_from_starting(plan, run, p, now) for p in plan.pools}
     reason = reason_of(views, run.phase)
     if run.phase is PoolPhase.FAILED and not any(v.phase is PoolPhase.FAILED for v in views):
-        reason = "budget_spent"  # the pools only say by now that the run is over
+        # The pools only say by now that the run is over; a group that could not come any more keeps its reason.
+        spent = any(g.reason is Reason.BUDGET_SPENT for g in run.groups)
+        reason = (Reason.BUDGET_SPENT if spent else Reason.NO_NODE).value
     return {
         "schema": SCHEMA,
         "run": plan.name,

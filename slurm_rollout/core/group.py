@@ -36,6 +36,7 @@ from slurm_rollout.core.model import (
 from slurm_rollout.core.names import step_name
 from slurm_rollout.core.phases import Phase, Reason, check_transition
 from slurm_rollout.core.plan import FleetPlan, GroupPlan, PoolPlan
+from slurm_rollout.core.pools import may_come
 
 REPEAT_S = 5.0
 """A stop or a cancel that shows no effect is sent again after this long."""
@@ -221,7 +222,7 @@ def stop(ctx: Context, g: GroupState, reason: Reason, message: str, *, drain: bo
     if drain:
         if g.phase is Phase.FENCING and not any(s.sweep for s in g.steps):
             return to(ctx, g, Phase.STOPPED, reason, message)
-        if g.phase is Phase.FAILED:  # what it failed of stays said
+        if not may_come(g):  # why the fleet may have failed stays said
             return to(ctx, g, Phase.STOPPED, g.reason, g.message, charge=None)
         if g.phase in (Phase.PENDING, Phase.BACKOFF):
             return to(ctx, g, Phase.STOPPED, reason, message, charge=None)

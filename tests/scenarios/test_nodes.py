@@ -68,8 +68,9 @@ def test_without_a_spare_a_group_waits_and_starts_by_itself_when_its_node_is_bac
     lab.cut(lost)
     fleet.kill("actor/0", 0)
     if lab.kind == "fake":  # its ports answer all the time: only Slurm can say that the node is lost, and then takes it
-        fleet.wait("actor/0 to be pending", lambda: fleet.group("actor/0").get("phase") == "pending", timeout_s=40)
-        assert fleet.group("actor/0")["reason"] == "no_node"
+        assert fleet.wait_event("waiting", "actor/0", timeout_s=40)["reason"] == "no_node"
+        fleet.wait_phase("failed")
+        assert fleet.barrier()["reason"] == "no_node"
         return
     fleet.wait("actor/0 to be pending", lambda: fleet.group("actor/0").get("phase") == "pending", timeout_s=18)
     assert fleet.group("actor/0")["reason"] == "no_node"
