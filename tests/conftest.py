@@ -40,7 +40,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("thorough") and os.environ.get("ROLLOUT_THOROUGH") != "1":
+    if os.environ.get("ROLLOUT_THOROUGH") == "1":
+        return
+    case = getattr(item, "callspec", None)
+    backend = case.params.get("lab") if case is not None else None
+    if any(not mark.args or backend in mark.args for mark in item.iter_markers("thorough")):
         pytest.skip("one more case of many: `make test-thorough` runs it")
 
 

@@ -14,6 +14,7 @@ from slurm_rollout.testing.fleet import wait_for
 from tests.scenarios.lab import PHASES, Lab, assert_recovered, heartbeats, undisturbed
 
 
+@pytest.mark.thorough("fake")
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_coordinator_killed_at_any_moment_is_replaced_and_nothing_is_started_twice(lab: Lab, phase: str) -> None:
     fleet = lab.up(groups=1, load_s=1.0)
@@ -77,6 +78,7 @@ time.time = shifted
 """
 
 
+@pytest.mark.thorough("fake")
 def test_a_wall_clock_that_jumps_by_hours_changes_nothing(lab: Lab) -> None:
     """As the coordinator sees it: nobody may set the clock of a machine that others test on."""
     jump = lab.fleet.folder / "jump"

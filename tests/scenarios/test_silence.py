@@ -44,7 +44,8 @@ def up(lab: Lab, groups: int) -> Fleet:
     return fleet
 
 
-@pytest.mark.parametrize("how", ["frozen", "gone"])
+@pytest.mark.parametrize("how", [pytest.param("frozen", marks=pytest.mark.thorough), "gone"])
+@pytest.mark.thorough("fake")
 def test_engines_without_a_coordinator_are_ended_and_the_next_one_starts_them_again(lab: Lab, how: str) -> None:
     fleet = up(lab, groups=2)
     coordinator = fleet.coordinator()

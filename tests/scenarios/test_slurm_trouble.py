@@ -137,6 +137,7 @@ def test_a_run_that_is_stopped_while_the_controller_is_away_ends_its_engines_at_
 
 
 @on_slurm
+@pytest.mark.thorough("fake")
 @pytest.mark.parametrize("how", chosen(["hangs", "fails", "does nothing"], "hangs"))
 def test_a_scancel_that_has_no_effect_is_given_up_repeated_and_never_run_twice_at_once(lab: FakeLab, how: str) -> None:
     fleet = lab.up(groups=2, more="[slurm]\ncommand_timeout_s = 3\n")
@@ -237,8 +238,9 @@ def test_a_step_that_slurm_lost_while_it_lives_on_is_fenced_by_its_port(lab: Fak
     assert_started_once(fleet, "actor/0")
 
 
-@pytest.mark.parametrize("how", chosen(["hangs", "fails"], "hangs"))
 @on_slurm
+@pytest.mark.thorough("fake")
+@pytest.mark.parametrize("how", chosen(["hangs", "fails"], "hangs"))
 def test_an_scontrol_that_does_not_answer_is_asked_less_and_less_often(lab: FakeLab, how: str) -> None:
     fleet = lab.up(groups=2, more=BLIND)
     lab.wait_ready()

@@ -6,9 +6,13 @@ import os
 import signal
 import time
 
+import pytest
+
 from slurm_rollout import proc
 from slurm_rollout.testing.fleet import wait_for
 from tests.scenarios.lab import Lab, undisturbed
+
+pytestmark = pytest.mark.thorough("fake")
 
 TRAINED = 'weights = "trained"'
 COLOCATED = """\
