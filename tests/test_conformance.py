@@ -180,6 +180,8 @@ CASES = {
     "show no job": "scontrol -o show job 999",
     "show no node": "scontrol -o show node n9",
     "show some nodes": "scontrol -o show node n2,n3 | grep -oE '^NodeName=[^ ]*| State=[^ ]*'",
+    "a time in two zones": "start() { TZ=$1 scontrol -o show job $JOB | grep -oP ' StartTime=\\K[^ ]*'; }; "
+    "echo $(($(date -ud $(start XYZ-9) +%s) - $(date -ud $(start UTC0) +%s)))",
     "the job's nodes": "scontrol -o show job $JOB | grep -oE ' NodeList=[^ ]*'",
     # What people and trainers run beside it.
     "two tasks on two nodes": "srun --jobid=$JOB --overlap -N2 -n2 -w n2,n3 sh -c "

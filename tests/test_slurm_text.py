@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ SHOW_JOB = {
 def test_a_running_job_and_its_end_are_read_from_every_versions_record(version: str) -> None:
     record = parse.job_record(SHOW_JOB[version])
     assert record.job is Job.RUNNING
-    assert record.end_at == datetime(2026, 11, 22, 16, 6, 34).timestamp()  # Slurm prints local time
+    assert record.end_at == datetime(2026, 11, 22, 16, 6, 34, tzinfo=UTC).timestamp()
 
 
 @pytest.mark.parametrize("end", ["EndTime=Unknown", "EndTime=None", "EndTime=", "EndTime=2026-13-01T00:00:00", ""])
@@ -428,9 +428,10 @@ def test_a_listing_without_the_batch_step_is_believed_only_of_a_job_that_is_bein
             asyncio.run(backend().listing())
 
 
-def test_the_jobs_facts(fakes: Fakes) -> None:
-    end = datetime.fromtimestamp(time.time() + 600).isoformat(timespec="seconds")
-    fakes.answer("scontrol", f"JobId=12 JobState=RUNNING EndTime={end} TimeLimit=1\n")
+def test_the_jobs_facts_are_the_same_in_every_time_zone(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "XYZ-9")
+    end = "$(date -d '+600 seconds' +%Y-%m-%dT%H:%M:%S)"
+    fakes.make("scontrol", f"echo JobId=12 JobState=RUNNING EndTime={end} TimeLimit=1\n")
     facts = asyncio.run(backend().job())
     assert facts.job is Job.RUNNING
     assert facts.time_left_s is not None

@@ -76,7 +76,8 @@ class SlurmBackend:
         Raises:
             Unobservable: it does not say.
         """
-        return parse.job_record(await self._run("scontrol", "-o", "show", "job", self._job))
+        # Times have no zone, and when clocks go back an hour is there twice: Slurm's commands obey TZ.
+        return parse.job_record(await self._run("scontrol", "-o", "show", "job", self._job, TZ="UTC0"))
 
     async def job(self) -> JobFacts:
         record = await self.job_record()
@@ -115,15 +116,15 @@ class SlurmBackend:
         said = "" if self._component_job else step.step_id
         return said or self._ids.get(step.name, "")
 
-    async def _run(self, *argv: str) -> str:
-        """Run one Slurm command and return what it printed.
+    async def _run(self, *argv: str, **environ: str) -> str:
+        """Run one Slurm command, with more in its environment, and return what it printed.
 
         Raises:
             Unobservable: it could not be run, failed, or did not answer in time.
         """
         # SCANCEL_INTERACTIVE and its like are options, too.
         env = {k: v for k, v in srun.scrubbed().items() if not k.startswith(("SCANCEL_", "SCONTROL_"))}
-        env |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+        env |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"} | environ
         try:
             process = await asyncio.create_subprocess_exec(
                 *argv,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from slurm_rollout.core.hostlist import expand
 from slurm_rollout.core.model import Job, NodeWord
@@ -103,7 +103,7 @@ def steps(text: str, job: str) -> tuple[Step, ...]:
 
 
 def job_record(text: str) -> JobRecord:
-    """Return the job's state and end; of a heterogeneous job the first component's.
+    """Return the job's state and end, which is in UTC; of a heterogeneous job the first component's.
 
     Raises:
         Unobservable: the text is not a job record.
@@ -112,7 +112,7 @@ def job_record(text: str) -> JobRecord:
     if not fields.get("JobState"):
         raise Unobservable(f"`scontrol show job` answered something else: {text.strip()[:200]!r}")
     try:
-        end_at = datetime.fromisoformat(fields.get("EndTime", "")).timestamp()
+        end_at = datetime.fromisoformat(fields.get("EndTime", "")).replace(tzinfo=UTC).timestamp()
     except ValueError:  # "Unknown", "None"
         end_at = None
     return JobRecord(state=fields["JobState"].split()[0], end_at=end_at)

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,25 @@ from typing import Any
 from slurm_rollout import proc
 from slurm_rollout.testing.fake_slurm import faults, jobs, launch, options, show, stepd, steps, tables, wire
 from slurm_rollout.testing.fake_slurm.model import Daemon, Faults, Job, Node, Reply, Step
+
+
+@contextlib.contextmanager
+def time_zone(name: str | None) -> Iterator[None]:
+    """Tell times as the command that asks would: in its own zone, None being the system's."""
+    ours = os.environ.get("TZ")
+    _set_time_zone(name)
+    try:
+        yield
+    finally:
+        _set_time_zone(ours)
+
+
+def _set_time_zone(name: str | None) -> None:
+    if name is None:
+        os.environ.pop("TZ", None)
+    else:
+        os.environ["TZ"] = name
+    time.tzset()
 
 
 @dataclass(eq=False, slots=True)
@@ -184,7 +203,8 @@ class Controller:
                 self.after(self.config["twin_s"], lambda: launch.cancel(self, step))
             return Reply()
         try:
-            return COMMANDS[program](self, request)
+            with time_zone(request["env"].get("TZ")):
+                return COMMANDS[program](self, request)
         except options.BadOption as e:
             return Reply(err=f"{e}\n", code=e.code)
 
