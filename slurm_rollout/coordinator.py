@@ -277,6 +277,7 @@ class Coordinator:
             nodes=self._questions.nodes(),
             listing=self._questions.listing,
             listing_failed_at=self._questions.failed_at,
+            unanswered_asked_at=self._questions.unanswered_asked_at,
             job=self._questions.job,
             job_asked_at=self._questions.job_asked_at,
             job_ends_at=self._questions.job_ends_at,

@@ -73,6 +73,7 @@ class Pace:
         self._asked: dict[str, float] = {}  # when each kind of question was asked last, or found to have no answer
         self._unanswered: dict[str, int] = {}  # how often in a row
         self.failed_at: float | None = None  # when any question found no answer
+        self.unanswered_asked_at: float | None = None  # when that one was asked
 
     def next_at(self, name: str, *, hurry: bool) -> float:
         """Return from when on this may be asked. `hurry`: the run ends, and its drain has a limit."""
@@ -89,7 +90,8 @@ class Pace:
     def note_answer(self, name: str, now: float, *, answered: bool) -> None:
         self._unanswered[name] = 0 if answered else self._unanswered.get(name, 0) + 1
         if not answered:
-            self.failed_at = self._asked[name] = now
+            self.unanswered_asked_at, self.failed_at = self._asked.get(name, now), now
+            self._asked[name] = now
 
 
 @dataclass(slots=True)
@@ -149,6 +151,11 @@ class Questions:
     def failed_at(self) -> float | None:
         """When a question to Slurm last found no answer."""
         return self._pace.failed_at
+
+    @property
+    def unanswered_asked_at(self) -> float | None:
+        """When that question was asked."""
+        return self._pace.unanswered_asked_at
 
     def nodes(self) -> tuple[NodeObservation, ...]:
         return observe_nodes(self._reach, self._said, self._said_at)

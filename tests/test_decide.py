@@ -371,11 +371,12 @@ def test_a_first_start_asks_nobody_about_the_job() -> None:
 def test_a_slurm_that_does_not_answer_leaves_running_engines_alone() -> None:
     w = ready(2)
     w.blind = True
-    w.listing_failed_at = w.now
+    w.listing_failed_at, w.unanswered_asked_at = w.now, w.now - 90.0
     before = w.state
     for _ in range(50):
         w.tick(60.0)
         assert w.decisions[-1].actions == ()
+        assert w.state.blind_since == w.unanswered_asked_at, "when it was asked, not when patience was over"
     assert replace(w.state, blind_since=None) == before
     assert [e.reason for e in w.events("blind")] == ["slurm"]
     w.list_steps()

@@ -33,7 +33,7 @@ def test_a_slurm_that_does_not_answer_is_asked_less_and_less_often() -> None:
         pauses.append(pace.next_at("listing", hurry=False) - now)
     assert pauses == [2.0, 4.0, 8.0, 15.0, 15.0, 15.0, 15.0]
     assert pauses[-1] == BLIND_PAUSE_S
-    assert pace.failed_at == now
+    assert (pace.unanswered_asked_at, pace.failed_at) == (now - 9.0, now)
     assert pace.next_at("listing", hurry=True) == now + QUERY_PAUSE_S
     assert pace.next_at("job", hurry=False) <= now, "each kind of question has a pace of its own"
 

@@ -368,7 +368,7 @@ def _note_blindness(run: RunState, obs: Observation, events: list[Event]) -> Run
     if blind and run.blind_since is None:
         message = "Slurm does not answer: running engines are left alone, what needs it waits"
         events.append(Event(type="blind", reason="slurm", message=message))
-        return replace(run, blind_since=obs.now)
+        return replace(run, blind_since=obs.now if obs.unanswered_asked_at is None else obs.unanswered_asked_at)
     if not blind and run.blind_since is not None:
         events.append(Event(type="sighted", reason="slurm", message="Slurm answers again"))
         return replace(run, blind_since=None)

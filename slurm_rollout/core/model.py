@@ -352,6 +352,7 @@ class Observation:
     nodes: tuple[NodeObservation, ...] = ()  # of those that were looked at
     listing: Listing | None = None  # the newest valid one
     listing_failed_at: float | None = None  # the newest question that got no valid answer
+    unanswered_asked_at: float | None = None  # when that question was asked
     job: Job = Job.UNKNOWN
     job_asked_at: float | None = None  # when the question was asked that `job` answers
     requests: tuple[Request, ...] = ()

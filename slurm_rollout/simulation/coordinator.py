@@ -376,6 +376,7 @@ class Coordinator:
             nodes=self._nodes,
             listing=self._listing,
             listing_failed_at=self._pace.failed_at,
+            unanswered_asked_at=self._pace.unanswered_asked_at,
             job=self._job,
             job_asked_at=self._job_asked_at,
             job_ends_at=self._job_ends_at,

@@ -147,6 +147,7 @@ class World:
     ports_open: dict[str, tuple[str, ...] | None] = field(default_factory=dict)  # by group; None: not looked at yet
     listing: Listing | None = None
     listing_failed_at: float | None = None
+    unanswered_asked_at: float | None = None
     job: Job = Job.UNKNOWN
     job_asked_at: float | None = None
     requests: list[Request] = field(default_factory=list)
@@ -203,6 +204,7 @@ class World:
             nodes=tuple(self.nodes.values()),
             listing=self.listing,
             listing_failed_at=self.listing_failed_at,
+            unanswered_asked_at=self.unanswered_asked_at,
             job=self.job,
             job_asked_at=self.job_asked_at,
             requests=tuple(self.requests),
@@ -323,7 +325,7 @@ class World:
         state = codec.decode(RunState, journal)
         self.state = replace(state, term=state.term + 1, blind_since=None, suspect_self_since=None)
         self.endpoints.clear()
-        self.listing, self.listing_failed_at = None, None
+        self.listing, self.listing_failed_at, self.unanswered_asked_at = None, None, None
         self.job, self.job_asked_at = Job.UNKNOWN, None
         for g in self.state.groups:
             for known in g.steps:
