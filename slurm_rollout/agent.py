@@ -74,7 +74,7 @@ LAST_LINES_BYTES = 4096
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 FULL_WORDS = ("no space left on device", "disk quota exceeded", "[errno 28]", "[errno 122]")
 FULL_BYTES = 1 << 20  # a file system with less than this is full
-DISK_LOOK_S = 0.2  # a file server that hangs must not delay a recovery
+DISK_LOOK_S = 0.5  # a file server that hangs must not delay a recovery
 KMSG_LOOK_S = 0.05
 
 # Where the GPU, the link or the driver's firmware broke, and no engine did wrong (NVIDIA's Xid catalogue,

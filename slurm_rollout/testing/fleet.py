@@ -49,8 +49,11 @@ def stub_spec(
     more: str = "",
     nodes: str = "",
     reward: int = 0,
+    probe_timeout_s: float = 0.5,
 ) -> str:
-    """Return a spec of stub engines whose probes are fast enough for a test: a hang is seen within 3 s.
+    """Return a spec of stub engines whose probes are fast enough for a test: a hang is seen within 3 s, by default.
+
+    A probe fails after `probe_timeout_s`, a hang is three of them: more of it is for busy machines.
 
     `more` comes before the pool, `pool` into it, `nodes` into its table. `reward` groups of one node are a second pool.
     """
@@ -80,7 +83,7 @@ timeout_s = 30
 
 [probe.liveness]
 period_s = 0.5
-timeout_s = 0.5
+timeout_s = {probe_timeout_s}
 failure_threshold = 3
 counter = {{ path = "/metrics", name = "stub_tokens_total" }}
 

@@ -18,6 +18,9 @@ _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _BASES = itertools.cycle(list(range(22000, 31000, 160))[_WORKER::_WORKERS])
 
+KILL_WAIT_S = 5.0
+"""From TERM to KILL, as on the real cluster: a busy machine takes its time to end a run in order."""
+
 
 @pytest.fixture
 def base() -> int:
@@ -41,6 +44,6 @@ def _make(request: pytest.FixtureRequest, folder: Path) -> Lab:
         return Lab(folder, next(_BASES))
     if request.param == "slurm":
         return SlurmLab(request.getfixturevalue("cluster"))
-    slurm = FakeSlurm(folder / "slurm").start()
+    slurm = FakeSlurm(folder / "slurm", kill_wait_s=KILL_WAIT_S).start()
     request.addfinalizer(slurm.stop)
     return FakeLab(slurm, next(_BASES))

@@ -90,6 +90,9 @@ PATH=${{PATH#*:}}
 exec {real} "$@"
 """
 
+PATIENCE = {"probe_timeout_s": 1.0}
+"""Scenarios run beside one another: half a second without a processor must be no time-out."""
+
 # Root on this machine ignores the modes of files; nobody on a cluster does.
 WITHOUT_ROOTS_EYE = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 
@@ -143,7 +146,7 @@ class Lab:
         self.fleet.start(spec, environ=ends, prefix=self.prefix)
 
     def spec(self, **spec: Any) -> str:
-        return stub_spec(base=self.base, control=self.fleet.control, **spec)
+        return stub_spec(base=self.base, control=self.fleet.control, **{**PATIENCE, **spec})
 
     def cli(self, *argv: str, check: bool = True) -> str:
         """Run a command of slurm-rollout on the run, as its owner would; return what it printed.
@@ -391,7 +394,8 @@ class SlurmLab(FakeLab):
         self.fleet.start(spec, directives=_time_limit(minutes), prefix=self.prefix)
 
     def spec(self, **spec: Any) -> str:
-        return stub_spec(base=self.base, control=self.fleet.control, python=self.cluster.python, **spec)
+        python = self.cluster.python
+        return stub_spec(base=self.base, control=self.fleet.control, python=python, **{**PATIENCE, **spec})
 
     def cut(self, node: str) -> None:
         self.expect_lost(node)

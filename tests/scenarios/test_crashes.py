@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -47,10 +48,11 @@ def test_two_members_of_a_group_that_die_at_once_are_one_failure(lab: Lab) -> No
 
 
 def test_two_groups_that_die_at_once_recover_in_parallel(lab: Lab) -> None:
-    fleet = lab.up(groups=2, load_s=1.0)
+    lab.fleet.fault("*", load_s=5.0, incarnations=[2])
+    fleet = lab.up(groups=2)
     lab.wait_ready()
-    for group in ("actor/0", "actor/1"):
-        fleet.kill(group, 1)
+    for pid in [fleet.engine(group, 1) for group in ("actor/0", "actor/1")]:
+        os.kill(pid, signal.SIGKILL)
     for group in ("actor/0", "actor/1"):
         assert_recovered(fleet, group, 2, "engine_exited", 1)
     launched = [fleet.wait_event("launching", g, 2)["at"] for g in ("actor/0", "actor/1")]
@@ -70,6 +72,8 @@ def test_all_members_that_die_while_the_job_ends_cause_no_restart_and_no_charge(
         os.kill(pid, signal.SIGKILL)
     lab.end_job()
     wait_for("the engines' end", lambda: not any(proc.lives(pid, _started(pid)) for pid in engines))
+    if lab.kind == "local":  # `up` passes TERM on; elsewhere Slurm tells both
+        wait_for("the coordinator's TERM", lambda: _has_term_pending(coordinator))
     with suppress(ProcessLookupError):  # Slurm itself sends CONT before its TERM: it may be through by now
         os.kill(coordinator, signal.SIGCONT)
     lab.wait_ended()
@@ -81,6 +85,11 @@ def test_all_members_that_die_while_the_job_ends_cause_no_restart_and_no_charge(
 def _started(pid: int) -> int:
     found = proc.read(pid)
     return found.started if found is not None else 0
+
+
+def _has_term_pending(pid: int) -> bool:
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(status["ShdPnd"], 16) & 1 << (signal.SIGTERM - 1))
 
 
 def test_a_start_that_crashes_until_the_budget_is_spent_fails_its_group_and_disturbs_no_other(lab: Lab) -> None:
@@ -107,13 +116,15 @@ def test_a_pool_that_cannot_be_ready_any_more_is_failed_and_a_waiting_trainer_is
 
 
 def test_a_pool_below_its_quorum_waits_and_is_ready_again_when_the_group_is_back(lab: Lab) -> None:
-    fleet = lab.up(groups=2, load_s=1.0, pool="min_ready = 2")
+    fleet = lab.up(groups=2, pool="min_ready = 2")
     lab.wait_ready()
     epoch = fleet.barrier()["epoch"]
+    fleet.fault("actor/1/0", generation="503", incarnations=[2])
     fleet.kill("actor/1", 0)
     fleet.wait_phase("waiting")
     assert fleet.barrier()["epoch"] > epoch
     assert not fleet.group("actor/1")["urls"]
+    fleet.fault("actor/1/0", generation="ok")
     assert Barrier(str(fleet.run.barrier)).wait_ready(after_epoch=epoch, timeout=20).epoch == epoch + 2
     assert fleet.barrier()["phase"] == "ready"
     assert undisturbed(fleet, "actor/0")

@@ -44,8 +44,8 @@ def test_a_full_disk_is_charged_to_nobody_and_tried_again_ever_later(lab: Lab) -
         assert failure["message"].startswith("rank 1 exited with code 1; ")
         assert where in failure["message"]
         waits.append(fleet.wait_event("launching", "actor/0", incarnation + 1)["at"] - failure["at"])
-    assert waits[0] >= 0.99  # times are rounded, each
-    assert waits[1] >= 1.99
+    assert waits[0] >= 0.9  # each time is rounded, and read a moment after the decision's
+    assert waits[1] >= 1.9
     assert failure_of(fleet, "actor/0", "disk_full")["node"] == failure["node"]
     assert "CLASS" in (status := lab.cli("status", check=False))
     assert "disk_full a file system is full: make room" in status
@@ -99,6 +99,6 @@ def test_a_step_that_slurm_refuses_costs_a_start_failure_and_waits_first(lab: La
     assert failure["data"]["class"] == "slurm_refused"
     assert words in failure["message"]
     again = fleet.wait_event("launching", "actor/0", 2)
-    assert again["at"] - failure["at"] >= 1.0
+    assert again["at"] - failure["at"] >= 0.9
     assert fleet.wait_event("failed", "actor/0")["reason"] == "budget_spent"
     assert [e["data"]["class"] for e in fleet.events("failure", "actor/0")] == ["slurm_refused"] * 2

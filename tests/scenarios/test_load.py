@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from tests.scenarios.lab import Lab, live_for, undisturbed
 
-HANG_S = 2.0
+HANG_S = 3.5
 """How long a hang takes to be found here, at most: period + threshold x max(period, timeout)."""
 
 MINUTE_S = 60.0
 
 PATIENT = "probe.liveness = { period_s = 1.0, timeout_s = 2.0 }"
-"""A minute is long: half a second without a processor must be no time-out in it. A hang still takes much less."""
+"""A minute is long: a second without a processor must be no time-out in it. A hang still takes much less."""
 
 
 def test_every_engine_saturated_with_a_rising_counter_is_left_alone(lab: Lab) -> None:

@@ -7,6 +7,8 @@ Slurm's verdict is what counts; on real Slurm connections that time out lead.
 from __future__ import annotations
 
 import json
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -41,9 +43,9 @@ def test_a_group_whose_node_is_lost_moves_to_the_spare_at_no_cost(slurm_lab: Fak
     fleet = up(lab)
     before, old = budget(fleet, "actor/0"), fleet.group("actor/0")
     lost = nodes(fleet, "actor/0")[1]
-    left = fleet.engine("actor/0", 1)
+    left, killed = fleet.engine("actor/0", 1), fleet.engine("actor/0", 0)
     lab.cut(lost)
-    fleet.kill("actor/0", 0)
+    os.kill(killed, signal.SIGKILL)
     new = fleet.wait_serving("actor/0", 2, timeout_s=60)
     assert nodes(fleet, "actor/0") == [nodes(fleet, "actor/0")[0], lab.cluster.nodes[3]]
     assert new["urls"][0] == old["urls"][0], "only what was on the lost node has another address"
@@ -64,9 +66,9 @@ def test_without_a_spare_a_group_waits_and_starts_by_itself_when_its_node_is_bac
     """It is back before Slurm gives it up: then it would not be in the job any more."""
     lab = slurm_lab
     fleet = up(lab, spares=0)
-    lost = nodes(fleet, "actor/0")[1]
+    lost, killed = nodes(fleet, "actor/0")[1], fleet.engine("actor/0", 0)
     lab.cut(lost)
-    fleet.kill("actor/0", 0)
+    os.kill(killed, signal.SIGKILL)
     if lab.kind == "fake":  # its ports answer all the time: only Slurm can say that the node is lost, and then takes it
         assert fleet.wait_event("waiting", "actor/0", timeout_s=40)["reason"] == "no_node"
         fleet.wait_phase("failed")

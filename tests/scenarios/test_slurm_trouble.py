@@ -55,10 +55,13 @@ def assert_started_once(fleet: Fleet, *groups: str) -> None:
 
 
 def assert_blind(lab: FakeLab, since: float) -> None:
-    """Status says that Slurm is what does not answer, and since when: not before `since`, in Unix time."""
+    """Status says that Slurm is what does not answer, and since when.
+
+    That is when the question was asked, in Unix time: not before `since`, but for one that was under way then.
+    """
     status = lab.status()
     assert status["blind_since"] is not None
-    assert since - 0.1 <= status["blind_since"] <= time.time()
+    assert since - 3.0 <= status["blind_since"] <= time.time()
     assert "Slurm does not answer" in status["text"]
     assert "Blind since 00:00:" in status["text"]
 
@@ -68,12 +71,12 @@ def assert_blind(lab: FakeLab, since: float) -> None:
 def test_a_controller_that_is_away_in_any_phase_costs_only_time(lab: FakeLab, phase: str) -> None:
     fleet = lab.up(groups=2, load_s=1.0, more=BLIND)
     PHASES[phase](fleet)
-    lab.slurm_away()
     away_at, monotonic = time.time(), time.monotonic()
+    lab.slurm_away()
     survivors = {g["id"]: engines(fleet, g["id"]) for g in fleet.barrier()["groups"] if g["serving"]}
     if hurt_was(phase):
         survivors.pop("actor/0", None)
-    fleet.wait_event("blind", timeout_s=30)
+    wait_for("blindness", lambda: [e for e in fleet.events("blind") if e["at"] >= away_at], timeout_s=30)
     assert_blind(lab, away_at)
     heartbeats(fleet, 4)
     wait_for("long enough without a controller", lambda: time.monotonic() - monotonic > AWAY_S, timeout_s=60)
@@ -101,9 +104,9 @@ def test_a_controller_that_goes_away_between_launch_and_go_keeps_no_group_from_i
     stranger, _ = lab.occupy(0, BIND)  # refuses connections: only its node's agent meets it
     fleet = lab.up(groups=1, more=BLIND)
     fleet.wait_event("fence_waits", "actor/0", 1)
-    lab.slurm_away()
     away_at = time.time()
-    fleet.wait_event("blind", timeout_s=30)
+    lab.slurm_away()
+    wait_for("blindness", lambda: [e for e in fleet.events("blind") if e["at"] >= away_at], timeout_s=30)
     assert_blind(lab, away_at)
     assert not fleet.events("go")
     stranger.kill()
@@ -122,6 +125,8 @@ def test_a_controller_that_goes_away_between_launch_and_go_keeps_no_group_from_i
 def test_a_run_that_is_stopped_while_the_controller_is_away_ends_its_engines_at_once(lab: FakeLab, phase: str) -> None:
     fleet = lab.up(groups=2, load_s=1.0, more=BLIND)
     PHASES[phase](fleet)
+    if phase == "loading":  # of both: else the drain may have to wait for a start
+        fleet.wait_event("go", "actor/1", 1)
     lab.slurm_away()
     fleet.wait_event("blind", timeout_s=30)
     asked_at = time.monotonic()
@@ -280,9 +285,9 @@ def test_a_slurm_that_answers_again_is_seen_to_long_before_the_next_audit(lab: F
     lab.wrap("scontrol", f"if [ -e {bad} ]; then exit 1; fi")
     fleet.kill("actor/0", 1)
     fleet.wait_event("blind")
+    wait_for("the question", lambda: "asking Slurm whether the job is ending" in lab.status()["text"])
     heartbeats(fleet, 4)
     assert not fleet.events("launching", "actor/0", 2)
-    assert "asking Slurm whether the job is ending" in lab.status()["text"]
     bad.unlink()
     fleet.wait_serving("actor/0", 2, timeout_s=40)
     fleet.wait_event("sighted")
@@ -295,7 +300,7 @@ def test_no_more_sruns_than_may_be_wait_for_their_steps_at_once(lab: FakeLab) ->
     assert isinstance(lab.cluster, FakeSlurm)
     log = lab.wrap("srun", "")
     lab.cluster.disable_steps()
-    fleet = lab.up(groups=2, more="[slurm]\nmax_launching = 2\nlaunch_timeout_s = 15\n")
+    fleet = lab.up(groups=2, more="[slurm]\nmax_launching = 2\nlaunch_timeout_s = 60\n")
     waits = fleet.wait_event("waiting", "actor/1", 1)
     assert "slurm.max_launching" in waits["message"]
     assert len(log.calls()) == 2

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from slurm_rollout import proc
-from slurm_rollout.testing.fleet import wait_for
+from slurm_rollout.testing.fleet import Fleet, wait_for
 from tests.scenarios.lab import Lab, undisturbed
 
 pytestmark = pytest.mark.thorough("fake")
@@ -22,6 +22,16 @@ probe.startup.period_s = 0.2
 PERIOD_S = 0.5  # of the stub's liveness probes (`stub_spec`)
 
 
+def wait_alive(fleet: Fleet, incarnation: int) -> None:
+    """Wait until this incarnation of the first group has URLs, whether it serves or not."""
+
+    def is_alive() -> bool:
+        entry = fleet.group("actor/0")
+        return bool(entry["urls"]) and entry["incarnation"] == incarnation
+
+    fleet.wait(f"actor/0 alive as {incarnation}", is_alive)
+
+
 def test_a_restarted_group_serves_only_after_its_weights_were_acknowledged(lab: Lab) -> None:
     fleet = lab.up(groups=2, pool=TRAINED)
     fleet.wait_phase("needs_weights")
@@ -32,9 +42,7 @@ def test_a_restarted_group_serves_only_after_its_weights_were_acknowledged(lab: 
     fleet.wait_serving("actor/1", 1)
 
     fleet.kill("actor/0", 1)
-    fleet.wait(
-        "actor/0 alive again", lambda: fleet.group("actor/0")["urls"] and fleet.group("actor/0")["incarnation"] == 2
-    )
+    wait_alive(fleet, 2)
     entry = fleet.group("actor/0")
     assert (entry["serving"], entry["weights"], entry["weights_version"]) == (False, "stale", None)
     assert lab.trainer("[g.id for g in barrier.stale().groups]") == ["actor/0"]
@@ -50,9 +58,7 @@ def test_an_acknowledgement_of_a_group_that_restarted_meanwhile_is_not_believed(
     pid = fleet.engine("actor/0", 0)
     lab.trainer("open(barrier.path + '.old', 'wb').write(__import__('pickle').dumps(barrier.stale()))")
     os.kill(pid, signal.SIGKILL)
-    fleet.wait(
-        "actor/0 alive again", lambda: fleet.group("actor/0")["urls"] and fleet.group("actor/0")["incarnation"] == 2
-    )
+    wait_alive(fleet, 2)
     lab.trainer("barrier.ack_weights(1, __import__('pickle').load(open(barrier.path + '.old', 'rb'))).epoch")
     fleet.wait_serving("actor/1", 1)
     assert fleet.group("actor/0")["serving"] is False
@@ -64,7 +70,7 @@ def test_sleeping_engines_are_asked_nothing_and_a_dead_one_waits_for_the_trainer
     lab.wait_ready()
     lab.trainer("barrier.announce('training').epoch")
     lab.trainer("ask('/sleep', {})")
-    time.sleep(8 * PERIOD_S)  # in which each would be asked eight times, and be restarted for it
+    time.sleep(8 * PERIOD_S)  # in which each would be asked again and again, and be restarted for it
     assert lab.trainer("asleep_requests()") == [0, 0, 0, 0]
     assert not fleet.events("failure")
 
@@ -113,9 +119,7 @@ def test_nothing_starts_under_a_hold_and_one_whose_client_is_gone_expires(lab: L
     lab.trainer("barrier.hold(lease_s=4) and 1")  # and the trainer is gone
     fleet.kill("actor/0", 0)
     fleet.wait_event("hold_expired")
-    fleet.wait(
-        "actor/0 alive again", lambda: fleet.group("actor/0")["urls"] and fleet.group("actor/0")["incarnation"] == 3
-    )
+    wait_alive(fleet, 3)
     expired = fleet.events("hold_expired")[0]["at"]
     assert wait_for("its start", lambda: fleet.events("launching", "actor/0", 3))[0]["at"] >= expired
 
@@ -124,6 +128,6 @@ def test_a_hold_waits_for_the_start_in_progress(lab: Lab) -> None:
     fleet = lab.up(groups=2, pool=TRAINED, load_s=3.0)
     fleet.wait_phase("needs_weights")
     fleet.kill("actor/0", 0)
-    fleet.wait("its start", lambda: fleet.group("actor/0")["phase"] == "starting")
+    fleet.wait_event("launching", "actor/0", 2)
     lab.trainer("barrier.hold(lease_s=600) and 1")
     assert fleet.events("ready", "actor/0", 2) or fleet.group("actor/0")["phase"] == "ready"
