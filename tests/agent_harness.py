@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
+import itertools
 import json
 import os
 import random
@@ -21,6 +22,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# Test files that run beside one another have ports of their own.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_CANDIDATES = range(9000 + _WORKER, 11000, _WORKERS)
+_PORTS = itertools.cycle(random.sample(_CANDIDATES, len(_CANDIDATES)))
 
 AGENT = Path(__file__).parent.parent / "slurm_rollout" / "agent.py"
 DEADLINE_S = 20.0
@@ -88,9 +95,9 @@ def until(look: Callable[[], T | None], what: str, deadline_s: float = DEADLINE_
 
 
 def free_port() -> int:
-    """Return a port below the ephemeral range that nobody has."""
+    """Return a port below the ephemeral range that nobody has, each time another."""
     while True:
-        port = random.randrange(9000, 12000)
+        port = next(_PORTS)
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("0.0.0.0", port))
             return port

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import stat
@@ -22,8 +23,10 @@ import pytest
 from slurm_rollout import agent as module
 from tests.agent_harness import (
     AGENT,
+    DEADLINE_S,
     LISTEN,
     ORPHAN,
+    Agent,
     Json,
     Node,
     alive,
@@ -171,8 +174,7 @@ def test_a_whole_life(node: Node, tmp_path: Path, mode: Path, interpreter: str) 
     assert agent.saw("listening") == {"report": "listening", "rank": 0, "port": port, "address": "127.0.0.1"}
     until(lambda: pid in node.listed() and agent.pid in node.listed(), "the process list")
     more_probes(mode, 2)
-    mode.write_text("dead")
-    agent.saw("local_probe", failures=1)
+    die(agent, mode)
     first, second = log.read_text().splitlines()[:2]
     seen = json.loads(first)
     assert second == "to stderr"
@@ -599,6 +601,7 @@ def test_the_full_file_system_is_named_where_it_can_be_seen(node: Node, tmp_path
     full = tmp_path / "scratch"
     full.mkdir()
     patch = ROOM.format(full=str(full)) + "devices = iter(range(99))\nreal_stat = os.stat\n"
+    patch += "g['DISK_LOOK_S'] = 20\n"
     patch += (
         "os.stat = lambda p, **o: types.SimpleNamespace(st_dev=next(devices)) if p == {!r} else real_stat(p, **o)\n"
     )
@@ -864,8 +867,7 @@ def test_no_grace_where_an_engine_does_not_answer(node: Node, mode: Path) -> Non
     )
     agent.go()
     more_probes(mode, 2)
-    mode.write_text("dead")
-    agent.saw("local_probe", failures=1)
+    die(agent, mode)
     agent.stop()
 
 
@@ -914,8 +916,13 @@ def test_logs_are_rotated(node: Node, tmp_path: Path) -> None:
     agent = node.agent(member(argv=python(code), log=str(log)), log={"max_bytes": 20000})
     agent.go()
     until(old.exists, "the first rotation")
-    last = int(until(old.read_text, "the copy").splitlines()[-1][:8])
-    until(lambda: log.stat().st_size and int(log.read_text().splitlines()[0][:8]) <= last + 2, "the same lines go on")
+
+    def goes_on() -> bool:
+        copied, fresh = old.read_bytes().splitlines(), log.read_bytes().splitlines()
+        # Not more: the log was not cut off yet. Much more: a rotation came in between, or the copy is not complete yet.
+        return bool(copied and fresh) and 1 <= int(fresh[0][:8]) - int(copied[-1][:8]) <= 2
+
+    until(goes_on, "the same lines go on")
     first = old.read_bytes()[:8]
     until(lambda: old.read_bytes()[:8] not in (b"", first), "the second rotation")
     agent.stop()
@@ -998,6 +1005,13 @@ def more_probes(mode: Path, count: int) -> None:
     until(lambda: asked(mode) >= before + count, f"{count} more probes")
 
 
+def die(agent: Agent, mode: Path) -> None:
+    """Let the engine answer no more; wait until that was told. What was told before may be one late answer's."""
+    before = len(agent.all("local_probe"))
+    mode.write_text("dead")
+    until(lambda: any(r["failures"] for r in agent.all("local_probe")[before:]), "a failure")
+
+
 @pytest.mark.parametrize(
     ("trouble", "words"),
     [
@@ -1010,35 +1024,38 @@ def more_probes(mode: Path, count: int) -> None:
 )
 def test_failures_are_told_up_to_the_threshold(node: Node, mode: Path, trouble: str, words: str) -> None:
     port = free_port()
-    agent = node.agent(server(port, argv=python(ENGINE, port, mode)), probe=probing())
+    short = trouble in ("dead", "drip")
+    policy = probing() if short else probing(timeout_s=DEADLINE_S)
+    agent = node.agent(server(port, argv=python(ENGINE, port, mode)), probe=policy)
     agent.go()
     more_probes(mode, 2)
     mode.write_text(trouble)
     agent.saw("local_probe", failures=3)
     more_probes(mode, 2)
     mode.write_text("ok")
-    agent.saw("local_probe", failures=0)
+    until(lambda: agent.all("local_probe")[-1]["failures"] == 0, "its answer")
     said = agent.all("local_probe")
-    *before, fine = [r["failures"] for r in said]
-    # An agent without a processor tells the newest number only.
-    assert (before, fine) == (sorted({*before, 3}), 0)
-    assert all(words in r["error"] for r in said[:-1])
-    assert (said[-1]["error"], said[-1]["rank"]) == ("", 0)
+    told = "".join(str(r["failures"]) for r in said)
+    # An agent without a processor tells the newest number only; and where time is short, good answers were late, too.
+    assert re.match("(1?2?0)?1?2?30" if short else "1?2?30", told), told
+    assert all(words in r["error"] if r["failures"] else r["error"] == "" for r in said)
+    assert {r["rank"] for r in said} == {0}
     agent.stop()
 
 
 def test_progress_is_life(node: Node, mode: Path) -> None:
     port = free_port()
-    agent = node.agent(server(port, argv=python(ENGINE, port, mode)), probe=probing(timeout_s=0.1))
+    agent = node.agent(server(port, argv=python(ENGINE, port, mode)), probe=probing())
     agent.go()
     more_probes(mode, 2)
     mode.write_text("busy")
     more_probes(mode, 5)
-    assert not agent.all("local_probe")
+    # On a busy machine a page may be late once; without progress it would be 3 by now.
+    assert all(r["failures"] < 3 for r in agent.all("local_probe"))
     mode.write_text("dead")
-    agent.saw("local_probe", failures=2)
+    agent.saw("local_probe", failures=3)
     mode.write_text("busy")
-    agent.saw("local_probe", failures=0)
+    until(lambda: agent.all("local_probe")[-1]["failures"] == 0, "its progress")
     agent.stop()
 
 

@@ -200,7 +200,10 @@ def test_what_is_in_an_older_step_is_a_leftover(
 def test_a_leftover_that_does_not_die(node: Node) -> None:
     pid = node.bystander(mark=node.mark())
     agent = node.agent(
-        member(), incarnation=2, patch="g['kill'] = lambda pid, number=9: None", fence={"timeout_s": 0.4}
+        member(),
+        incarnation=2,
+        patch="g['QUIET_FENCE_S'] = 0\ng['kill'] = lambda pid, number=9: None",
+        fence={"timeout_s": 0.4},
     )
     said = agent.saw("fence_waits")
     assert (said["cause"], f"pid {pid} (sleep)" in said["message"]) == ("leftover_process", True)
@@ -361,14 +364,14 @@ def test_a_holder_of_another_user_is_named_as_far_as_it_can_be(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("failed", ["socket", "bind"])
-def test_a_port_that_cannot_be_tried_is_not_free(node: Node, failed: str) -> None:
-    port = free_port()
-    # The first half a second no descriptor is to be had, or the system refuses the bind.
+def test_a_port_that_cannot_be_tried_is_not_free(node: Node, tmp_path: Path, failed: str) -> None:
+    port, enough = free_port(), tmp_path / "enough"
+    # At first no descriptor is to be had, or the system refuses the bind.
     refuse = f"""
-real, began = g["socket"].socket, g["time"].monotonic()
+real = g["socket"].socket
 class Refusing(real):
     def {"__init__" if failed == "socket" else "bind"}(self, *given, **named):
-        if g["time"].monotonic() - began < 0.5:
+        if not g["os"].path.exists({str(enough)!r}):
             {"real.__init__(self, *given, **named); self.close()" if failed == "socket" else "pass"}
             raise OSError(24, "Too many open files")
         real.{"__init__" if failed == "socket" else "bind"}(self, *given, **named)
@@ -377,6 +380,7 @@ g["socket"].socket = Refusing
     agent = node.agent(member(ports=[port]), patch=refuse)
     said = agent.saw("fence_waits", cause="port_busy")["message"]
     assert said == f"port {port} cannot be tried, so nobody knows whether it is free: Too many open files"
+    enough.touch()
     agent.saw("fenced")
     agent.stop()
 
@@ -432,6 +436,7 @@ case "$1" in
   *) echo "what is $1"; exit 2 ;;
 esac
 [ ! -e later ] || { mv later gpus; sleep 0.3; }
+[ ! -e after ] || while kill -0 "$(cat after)" 2>/dev/null; do sleep 0.01; done
 [ ! -e hang ] || exec sleep 600
 [ ! -e fail ] || { echo "Failed to initialize NVML: Driver/library version mismatch"; exit 18; }
 """
@@ -489,7 +494,7 @@ def test_memory_of_unshared_gpus_must_be_back(node: Node, smi: Path) -> None:
 )
 def test_memory_that_never_comes_back(node: Node, smi: Path, mask: str | None, gpus: list[int], full: str) -> None:
     rewrite(smi / "gpus", BUSY)
-    agent = with_gpus(node, smi, gpus, mask, fence={**UNSHARED, "timeout_s": 0.3})
+    agent = with_gpus(node, smi, gpus, mask, fence={**UNSHARED, "timeout_s": 2})
     message = agent.ended("gpu_memory", 83)["message"]
     assert full in message
     assert "1024 MiB" in message
@@ -519,6 +524,7 @@ def test_a_dead_process_that_still_holds_memory(node: Node, smi: Path) -> None:
     until(lambda: not Path(f"/proc/{dead}").exists(), "its end")
     others = f"{stranger}, 70000\n{reused}, 70000\n{dead}, 70000\n"
     (smi / "apps").write_text(f"{others}{pid}, 60000\n")
+    (smi / "after").write_text(f"{pid}")  # a zombie is not gone: no answer before it is reaped
     agent = with_gpus(node, smi, [0])
     said = agent.saw("fence_waits", cause="gpu_memory")
     assert said["message"] == f"pid {pid} of incarnation 1 is dead, but still holds 60000 MiB of GPU memory"

@@ -25,9 +25,18 @@ from slurm_rollout.testing.fake_slurm import FakeSlurm, FakeSlurmError
 from slurm_rollout.testing.fleet import SlurmFleet, stub_spec, wait_for
 from tests.conftest import FAILED
 
-pytest_plugins = ["slurm_rollout.testing.plugin"]
-
 WHOLE = ("--nodes=4", "--exclusive", "--gres=gpu:8", "--no-kill", "--no-requeue", "--output=job.out")
+
+
+@pytest.fixture
+def fake_slurm(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeSlurm]:
+    """The plugin's, with the KillWait that the test asks for."""
+    with FakeSlurm(tmp_path / "fake-slurm", kill_wait_s=getattr(request, "param", 2.0)) as slurm:
+        yield slurm
+
+
+def kill_wait(seconds: float) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("fake_slurm", [seconds], indirect=True, ids=[f"KillWait {seconds:g}"])
 
 
 @pytest.fixture
@@ -114,6 +123,7 @@ def fleet(fake_slurm: FakeSlurm, request: pytest.FixtureRequest) -> Iterator[Slu
         made.end()
 
 
+@kill_wait(20)  # a drain has to end within it
 def test_a_fleet_comes_up_recovers_and_ends(fake_slurm: FakeSlurm, fleet: SlurmFleet[FakeSlurm]) -> None:
     fleet.start(stub_spec(groups=2, base=18000, control=fleet.control, more='[nodes]\naddress = "127.0.0.1"'))
     fleet.wait_phase("ready")
@@ -137,13 +147,15 @@ def test_a_cancelled_job_gets_term_then_kill_and_only_the_script_itself_is_told(
         trap 'echo script' TERM
         while :; do sleep 0.05; done
         """
-    with FakeSlurm(tmp_path, kill_wait_s=0.6) as slurm:
+    with FakeSlurm(tmp_path, kill_wait_s=3) as slurm:
         job = slurm.sbatch(textwrap.dedent(script), "--output=job.out")
         output = slurm.home / "job.out"
         wait_for("the script", lambda: output.exists() and "ready" in output.read_text())
+        began = time.monotonic()
         slurm.cancel(job)
         assert slurm.job_state(job) == "COMPLETING"
-        assert took(lambda: slurm.wait_job(job, "CANCELLED")) > 0.4
+        slurm.wait_job(job, "CANCELLED")
+        assert time.monotonic() - began >= 3
         lines = output.read_text().splitlines()
         assert lines[0] == "ready"
         assert lines[1].startswith(f"slurmstepd-n1: error: *** JOB {job} ON n1 CANCELLED AT ")
@@ -258,6 +270,7 @@ def test_what_it_does_not_know_is_refused(fake_slurm: FakeSlurm, line: str) -> N
 # -------------------------------------------------------------------------------------------------------------- faults
 
 
+@kill_wait(0.5)
 def test_unreachable(fake_slurm: FakeSlurm, job: str) -> None:
     step = Step(fake_slurm, job, script="trap 'echo usr1' USR1; echo up; while :; do sleep 0.05; done").up()
     fake_slurm.unreachable(0.2)
@@ -283,8 +296,9 @@ def test_unreachable(fake_slurm: FakeSlurm, job: str) -> None:
 
 def test_slow(fake_slurm: FakeSlurm) -> None:
     fake_slurm.slow("squeue", 0.5)
-    assert took(lambda: fake_slurm.run(["squeue"])) > 0.5
-    assert took(lambda: fake_slurm.run(["sinfo"])) < 0.5
+    assert took(lambda: fake_slurm.run(["squeue"])) >= 0.5
+    fake_slurm.slow("squeue", 30)
+    assert took(lambda: fake_slurm.run(["sinfo"])) < 30
 
 
 @pytest.mark.parametrize(
@@ -316,13 +330,17 @@ def test_disable_steps(fake_slurm: FakeSlurm, job: str) -> None:
 
 def test_deaf_cancel(fake_slurm: FakeSlurm, job: str) -> None:
     step = Step(fake_slurm, job).up()
-    fake_slurm.deaf_cancel(0.7)
-    assert took(lambda: fake_slurm.run(["scancel", step.id])) < 0.5
+    fake_slurm.deaf_cancel(3)
+    step_id = step.id
+    began = time.monotonic()
+    fake_slurm.run(["scancel", step_id])
+    assert time.monotonic() - began < 3
     assert step.srun.poll() is None
-    assert took(step.ends) > 0.2
-    assert step.srun.returncode == 137
+    assert step.ends()[0] == 137
+    assert time.monotonic() - began >= 3
 
 
+@kill_wait(0.5)
 def test_stuck_completing(fake_slurm: FakeSlurm, job: str) -> None:
     step = Step(fake_slurm, job).up()
     fake_slurm.stuck_completing(30)
@@ -365,12 +383,13 @@ def test_lying_srun(fake_slurm: FakeSlurm, job: str) -> None:
 
 def test_kill_node(fake_slurm: FakeSlurm, job: str) -> None:
     step, other = Step(fake_slurm, job).up(), Step(fake_slurm, job, "other", node="n3").up()
-    fake_slurm.kill_node("n2", after_s=0.7)
+    began = time.monotonic()
+    fake_slurm.kill_node("n2", after_s=3)
     assert not step.tasks
     assert step.srun.poll() is None
     assert step.id
-    assert took(step.ends) > 0.3
-    assert step.srun.returncode == 0, "as measured: 22.05.8"
+    assert step.ends()[0] == 0, "as measured: 22.05.8"
+    assert time.monotonic() - began >= 3
     state = fake_slurm.run(["sinfo", "-N", "-h", "-o", "%N %T"]).stdout.split("\n")
     assert "n2 down*" in state
     assert "NodeList=n[1,3-4] " in fake_slurm.run(["scontrol", "-o", "show", "job", job]).stdout
@@ -389,6 +408,7 @@ def test_a_job_that_does_not_say_no_kill_ends_with_its_node(fake_slurm: FakeSlur
     fake_slurm.wait_job(job, "NODE_FAIL")
 
 
+@kill_wait(0.5)
 def test_cut_node(fake_slurm: FakeSlurm, job: str) -> None:
     script = "trap 'echo usr1; touch heard' USR1; echo up; while :; do sleep 0.05; done"
     step = Step(fake_slurm, job, script=script).up()

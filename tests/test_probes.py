@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import socket
-import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -38,6 +37,8 @@ POLICY = ProbePolicy(
     liveness_failure_threshold=3,
 )
 BOUND_S = 0.2 + 3 * 0.2
+# Of engines that answer: a server here shares its loop with the prober, and a busy machine stalls both.
+PATIENT = replace(POLICY, startup_request_timeout_s=10, liveness_timeout_s=10)
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def free_port() -> int:
 async def test_a_planned_model_is_looked_up_once_and_one_complete_answer_proves() -> None:
     async with engines(1) as (engine,), watched() as watch:
         engine.answers[CHAT] = http(503, raw=b"warming up")
-        watch.probe(startup(engine, replace(POLICY, model="m")))
+        watch.probe(startup(engine, replace(PATIENT, model="m")))
         await watch.until(lambda: engine.asked.count(CHAT) >= 3)
         assert watch.wakes == 0, "a starting engine that says no is nobody's news"
         assert watch.seen().last_error == "HTTP 503: warming up"
@@ -194,8 +195,8 @@ async def test_a_planned_model_is_looked_up_once_and_one_complete_answer_proves(
 async def test_readiness_is_not_asked_again_once_it_is_proved() -> None:
     async with engines(2) as (engine, slow), watched() as watch:
         slow.answers[CHAT] = None
-        watch.probe(startup(engine), startup(slow))
-        await watch.until(lambda: len(slow.asked) >= 2)
+        watch.probe(startup(engine, PATIENT), startup(slow))
+        await watch.until(lambda: watch.seen().proved and len(slow.asked) >= 2)
 
         assert engine.asked == [CHAT]
 
@@ -213,8 +214,8 @@ async def test_another_model_is_a_mismatch_and_not_asked_again() -> None:
     async with engines(2) as (wrong, hung), watched() as watch:
         wrong.answers[MODELS] = http(200, {"data": [{"id": "other"}]})
         hung.answers[CHAT] = None
-        watch.probe(startup(wrong, replace(POLICY, model="m")), startup(hung))
-        await watch.until(lambda: len(hung.asked) >= 2)
+        watch.probe(startup(wrong, replace(PATIENT, model="m")), startup(hung))
+        await watch.until(lambda: watch.seen().mismatch and len(hung.asked) >= 2)
 
         assert watch.seen().mismatch == "serves 'other', planned is 'm'"
         assert not watch.seen().proved
@@ -241,7 +242,7 @@ async def test_another_model_is_a_mismatch_and_not_asked_again() -> None:
 async def test_what_is_not_the_asked_for_answer_proves_nothing(reply: bytes | None, error: str) -> None:
     async with engines(1) as (engine,), watched() as watch:
         engine.answers |= {CHAT: reply, "/good": GOOD_CHAT}
-        watch.probe(startup(engine))
+        watch.probe(startup(engine, POLICY if reply is None else PATIENT))
         await watch.until(lambda: watch.seen().last_error)
 
         assert watch.seen().last_error.startswith(error)
@@ -273,22 +274,31 @@ async def test_proxy_variables_of_the_site_do_not_matter(monkeypatch: pytest.Mon
 
 async def test_hung_engines_are_seen_within_the_bound_eight_at_once_and_nobody_else_is_held_up() -> None:
     async with engines(9) as made, watched() as watch:
-        for engine in made[1:]:
+        healthy, *hung = made
+        for engine in hung:
             engine.answers[CHAT] = None
+        at_once = [0]
         began_at = time.monotonic()
-        watch.probe(*map(liveness, made))
-        await watch.until(lambda: all(watch.seen(rank).failures >= 3 for rank in range(1, 9)))
+        watch.probe(liveness(healthy, PATIENT), *map(liveness, hung))
 
-        assert time.monotonic() - began_at < BOUND_S + 1
-        gaps_s = [b - a for e in made[1:] for a, b in pairwise(e.asked_at)]
-        assert 0.15 < statistics.median(gaps_s) < 0.3, "the next probe starts a period after the last one started"
+        def all_failed() -> bool:
+            at_once.append(sum(e.waiting > 0 for e in hung))
+            return all(watch.seen(rank).failures >= 3 for rank in range(1, 9))
+
+        await watch.until(all_failed)
+
+        assert time.monotonic() - began_at < BOUND_S + 3, "one after another, they take 4.8 s"
+        assert max(at_once) == 8
+        gaps_s = [b - a for e in hung for a, b in pairwise(e.asked_at)]
+        assert min(gaps_s) < 0.3, "the next probe starts a period after the last one started"
+        assert all(e.asked_at[-1] - began_at >= (len(e.asked_at) - 1) * POLICY.liveness_period_s for e in made)
         assert watch.seen(0).failures == watch.seen(0).refusals == 0
-        assert len(made[0].asked) >= 3
+        assert len(healthy.asked) >= 3
         assert all(watch.seen(rank).refusals == 0 for rank in range(1, 9))
 
 
 async def test_a_late_engine_whose_counter_rises_is_slow_and_never_failed() -> None:
-    policy = replace(POLICY, counter=Counter(name="tokens"), liveness_timeout_s=0.4)
+    policy = replace(POLICY, counter=Counter(name="tokens"), liveness_timeout_s=2)
     async with engines(1) as (engine,), watched() as watch:
         engine.answers[CHAT] = None
         engine.tokens = time.monotonic
@@ -303,7 +313,7 @@ async def test_a_late_engine_whose_counter_rises_is_slow_and_never_failed() -> N
 
         assert watch.seen().slow
         assert set(failures) == {0}
-        assert watch.seen().last_error == "no answer within 0.4 s"
+        assert watch.seen().last_error == "no answer within 2 s"
 
         engine.answers[CHAT] = GOOD_CHAT
         await watch.until(lambda: not watch.seen().slow)
@@ -325,7 +335,7 @@ async def test_a_late_engine_whose_counter_stands_fails() -> None:
 async def test_the_counter_is_not_asked_for_while_the_engine_answers() -> None:
     async with engines(1) as (engine,), watched() as watch:
         engine.tokens = time.monotonic
-        watch.probe(liveness(engine, replace(POLICY, counter=Counter(name="tokens"))))
+        watch.probe(liveness(engine, replace(PATIENT, counter=Counter(name="tokens"))))
         await watch.until(lambda: len(engine.asked) >= 3)
 
         assert METRICS not in engine.asked
@@ -333,16 +343,16 @@ async def test_the_counter_is_not_asked_for_while_the_engine_answers() -> None:
 
 async def test_a_probe_counts_when_the_engine_hung_early_in_it() -> None:
     """Busy engines, so that every probe is late. Each hangs during its first one: before the looks, between them."""
-    policy = replace(POLICY, counter=Counter(name="tokens"), liveness_timeout_s=0.4)
+    policy = replace(POLICY, counter=Counter(name="tokens"), liveness_timeout_s=2)
     probes: dict[int, int] = {}
     async with engines(2) as made, watched() as watch:
 
-        def progress(engine: Engine, hangs_after_s: float) -> Callable[[], float]:
-            return lambda: min(time.monotonic() - engine.asked_at[0], hangs_after_s)
+        def progress(engine: Engine, looks: int) -> Callable[[], float]:
+            return lambda: min(engine.asked.count(METRICS), looks)
 
-        for engine, hangs_after_s in zip(made, (0.08, 0.25), strict=True):
+        for looks, engine in enumerate(made, start=1):
             engine.answers[CHAT] = None
-            engine.tokens = progress(engine, hangs_after_s)
+            engine.tokens = progress(engine, looks)
         watch.probe(*(liveness(e, policy) for e in made))
 
         def both_failed_twice() -> bool:
@@ -354,7 +364,12 @@ async def test_a_probe_counts_when_the_engine_hung_early_in_it() -> None:
 
         await watch.until(both_failed_twice)
 
+        began_at = watch.seen(0).first_failure_at
+        looked_at = [at for path, at in zip(made[0].asked, made[0].asked_at, strict=True) if path == METRICS]
+
     assert probes == {0: 2, 1: 3}
+    assert began_at is not None
+    assert 1.0 <= looked_at[0] - began_at < 1.5 <= looked_at[1] - began_at
 
 
 async def test_an_engine_that_says_no_is_refused_at_once() -> None:
@@ -362,7 +377,7 @@ async def test_an_engine_that_says_no_is_refused_at_once() -> None:
         watch.probe(startup(engine))
         await watch.until(lambda: watch.seen().proved)
         engine.answers[CHAT] = http(503, raw=b"engine is dead")
-        watch.probe(liveness(engine))
+        watch.probe(liveness(engine, PATIENT))
         await watch.until(lambda: watch.seen().failures >= 2)
         assert watch.seen().refusals == watch.seen().failures
         assert watch.seen().proved
@@ -373,7 +388,7 @@ async def test_an_engine_that_says_no_is_refused_at_once() -> None:
 
 async def test_a_closed_port_is_a_refusal() -> None:
     async with watched() as watch:
-        watch.probe(Target(f"http://127.0.0.1:{free_port()}", POLICY, "liveness"))
+        watch.probe(Target(f"http://127.0.0.1:{free_port()}", PATIENT, "liveness"))
         await watch.until(lambda: watch.seen().failures >= 2)
 
         assert watch.seen().refusals >= 2
@@ -399,10 +414,10 @@ async def test_wanted_targets_are_probed_and_no_others() -> None:
 async def test_the_same_targets_again_start_nothing_again() -> None:
     async with engines(1) as (engine,), watched() as watch:
         engine.delay_s = 0.1
-        watch.probe(startup(engine))
+        watch.probe(startup(engine, PATIENT))
 
         def proved_while_wanted_again_and_again() -> bool:
-            watch.probe(startup(engine))
+            watch.probe(startup(engine, PATIENT))
             return watch.seen().proved
 
         await watch.until(proved_while_wanted_again_and_again)
@@ -519,14 +534,14 @@ async def test_a_stopped_coordinator_counts_nothing_against_the_engines() -> Non
 
 @pytest.mark.parametrize("under_way", [True, False], ids=["a probe under way", "between probes"])
 async def test_a_blocked_loop_counts_nothing_against_the_engines_and_gives_them_a_period(under_way: bool) -> None:
-    policy = replace(POLICY, liveness_period_s=0.25)
+    policy = replace(POLICY, liveness_period_s=0.25, liveness_timeout_s=0.5)
     async with engines(1) as (engine,), watched() as watch:
         engine.delay_s = 0.1
         watch.probe(liveness(engine, policy))
         await watch.until(lambda: watch.seen().answers)
         if under_way:
             await watch.until(lambda: engine.waiting)
-        time.sleep(0.5)  # noqa: ASYNC251
+        time.sleep(1.0)  # noqa: ASYNC251
         ended_at, asked = time.monotonic(), len(engine.asked)
         await watch.until(lambda: len(engine.asked) > asked)
 
@@ -559,11 +574,11 @@ async def test_a_counter_that_this_host_cannot_read_says_nothing_either() -> Non
     """Where hung requests took the last descriptors, a late engine cannot be asked whether it progresses."""
     async with engines(1) as (engine,), watched() as watch:
         engine.answers[CHAT] = None
-        watch.probe(liveness(engine, replace(POLICY, counter=Counter(name="tokens"))))
+        watch.probe(liveness(engine, replace(POLICY, counter=Counter(name="tokens"), liveness_timeout_s=1)))
         await watch.until(lambda: engine.waiting)
         with no_descriptor_left():
             await watch.until(lambda: watch.seen().last_error)
-            assert watch.seen() == Endpoint(rank=0, last_error="no answer within 0.2 s")
+            assert watch.seen() == Endpoint(rank=0, last_error="no answer within 1 s")
 
 
 # -------------------------------------------------------------------------------------------------------------- ports
@@ -592,7 +607,7 @@ async def test_ports_that_do_not_answer_are_not_open_and_are_tried_in_parallel()
         began_at = time.monotonic()
 
         assert await open_ports([address] * 20, timeout_s=0.3) == ()
-        assert 0.3 <= time.monotonic() - began_at < 2
+        assert 0.3 <= time.monotonic() - began_at < 5, "one after another, they take 6 s"
 
 
 async def test_trouble_of_this_host_is_not_an_observation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -648,7 +663,7 @@ async def test_paused_engines_are_asked_nothing_and_what_failed_before_counts_on
 async def test_a_probe_on_its_way_is_waited_for_and_counts() -> None:
     async with engines(1) as (engine,), watched() as watch:
         engine.answers[CHAT] = None
-        watch.probe(liveness(engine, replace(POLICY, liveness_timeout_s=0.5)))
+        watch.probe(liveness(engine, replace(POLICY, liveness_timeout_s=2)))
         await watch.until(lambda: engine.waiting)
 
         watch.prober.pause({"actor/0"})

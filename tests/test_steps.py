@@ -705,6 +705,7 @@ def test_a_coordinator_that_dies_with_a_queue_leaves_intents_that_nobody_takes_f
 
     async def work(steps: Steps) -> None:
         steps.launch(launch())
+        await until(steps, lab.pids)  # it is found by its mark, which a new process does not show for a moment
         first = seen(steps)
         steps.detach()
         successor = lab.steps()
@@ -758,6 +759,7 @@ def test_the_next_coordinator_finds_the_steps_with_all_that_they_said(lab: Lab) 
 def test_a_sweep_is_adopted_as_a_sweep(lab: Lab) -> None:
     async def work(first: Steps) -> None:
         first.launch(launch("n0", sweep=True))
+        await until(first, lab.pids)  # it is found by its mark, which a new process does not show for a moment
         first.detach()
         async with ending(lab, lab.steps()) as second:
             second.adopt(state(StepState(node="n0"), StepState(node="n0", sweep=True)), {})
@@ -777,6 +779,7 @@ def test_only_the_holder_itself_is_adopted(lab: Lab) -> None:
     lab.stranger({MARK: mark(lab.run_id, GROUP, 2, "n0"), **orders})
     lab.stranger({MARK: mark(f"{lab.run_id}0", GROUP, 1, "n0"), **orders})
     lab.stranger({**mine, **orders, "ROLLOUT_SWEEP": "1"})
+    wait_for("all marks", lambda: all(MARK in proc.environ(s.pid) for s in lab.strangers), 5)
 
     async def work(steps: Steps) -> None:
         before = monotonic()

@@ -797,8 +797,10 @@ def lease(run: RunDir, **changes: Any) -> None:
     run.lease.write_text(json.dumps(content))
 
 
-def check(run: RunDir, job: str = "13", restart_count: int = 0, backend: str = "slurm") -> None:
-    plan = replace(make_plan(1), backend=backend, slurm=SlurmSettings(command_timeout_s=0.5))
+def check(
+    run: RunDir, job: str = "13", restart_count: int = 0, backend: str = "slurm", command_timeout_s: float = 20
+) -> None:
+    plan = replace(make_plan(1), backend=backend, slurm=SlurmSettings(command_timeout_s=command_timeout_s))
     up._check_lease(run, plan, job, restart_count)
 
 
@@ -839,19 +841,21 @@ def test_a_job_elsewhere_that_ended_is_taken_over(run: RunDir, scontrol: Scontro
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "timeout_s", "said"),
     [
-        ("echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1", "Unable to contact"),
-        ("sleep 30", "did not answer within 0.5 s"),
-        ("echo hello", "something else"),
-        ("exit 0", "something else"),
+        ("echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1", 20, "Unable to contact"),
+        ("sleep 30", 0.5, "did not answer within 0.5 s"),
+        ("echo hello", 20, "something else"),
+        ("exit 0", 20, "something else"),
     ],
 )
-def test_a_silent_slurm_takes_nobodys_run_directory(run: RunDir, scontrol: Scontrol, body: str, said: str) -> None:
+def test_a_silent_slurm_takes_nobodys_run_directory(
+    run: RunDir, scontrol: Scontrol, body: str, timeout_s: float, said: str
+) -> None:
     lease(run)
     scontrol.does(body)
     with pytest.raises(RunDirBusy, match="Slurm does not say whether") as e:
-        check(run)
+        check(run, command_timeout_s=timeout_s)
     assert said in str(e.value)
 
 

@@ -257,22 +257,28 @@ def test_it_starts_from_the_environment_alone(lab: Lab, argv: tuple[str, ...]) -
 
 
 def test_it_refuses_connections_while_it_loads_and_is_quick_otherwise(lab: Lab) -> None:
+    loading = lab.start(load_s=60)
+    wait_until(lambda: loading.logged("start, pid"), "start")
+    assert not connects(loading.port)
+    assert bindable(loading.port, reuse=False)
     load_s = 0.3
     begun = time.monotonic()
     engine = lab.start(load_s=load_s)
-    wait_until(lambda: engine.logged("start, pid"), "start")
-    assert not connects(engine.port)
-    assert bindable(engine.port, reuse=False)
     engine.wait_listening()
     took_s = time.monotonic() - begun
-    assert load_s <= took_s < load_s + 1  # about 30 ms on an idle machine
+    assert load_s <= took_s < load_s + 5  # about 30 ms on an idle machine
     assert call(engine.port, "GET", "/health") == (200, b"")
 
 
 def test_bind_early_takes_the_port_long_before_it_listens(lab: Lab) -> None:
-    engine = lab.start("--bind-early", load_s=0.4)
-    wait_until(lambda: not bindable(engine.port, reuse=False), "the port is bound")
-    assert not connects(engine.port)
+    set_fault(lab.control, "*", daemon_child=True)
+    loading = lab.start("--bind-early", load_s=60)
+    # This child comes after the bind; to look before that could take the port from the engine.
+    lab.left_behind.append(loading.pid_in_log("daemon_child"))
+    assert not bindable(loading.port, reuse=False)
+    assert not connects(loading.port)
+    clear_faults(lab.control)
+    engine = lab.start("--bind-early")
     engine.wait_listening()
     assert call(engine.port, "GET", "/health")[0] == 200
 
@@ -507,14 +513,14 @@ def test_an_update_without_a_version_is_refused(lab: Lab, body: bytes) -> None:
 
 
 def test_generation_goes_on_with_the_old_weights_while_new_ones_arrive(lab: Lab) -> None:
-    engine = lab.start("--update-s", "0.6", "--token-s", "0.01")
+    engine = lab.start("--update-s", "2", "--token-s", "0.03")
     engine.wait_listening()
     update = in_background(lambda: post(engine.port, "/update_weights", version=1))
     wait_until(lambda: json.loads(call(engine.port, "GET", "/weights")[1])["updating"], "the update has begun")
     during = generate(engine.port)["rollout"]
     assert during["weights_version"] is None
     assert "weights_version_end" not in during
-    across = generate(engine.port, max_tokens=100)["rollout"]
+    across = generate(engine.port, timeout_s=DEADLINE_S, max_tokens=100)["rollout"]
     assert (across["weights_version"], across["weights_version_end"]) == (None, 1)
     assert update.result(DEADLINE_S) == (200, {"version": 1})
     assert generate(engine.port)["rollout"]["weights_version"] == 1
@@ -525,14 +531,14 @@ def test_generation_takes_time_for_each_token(lab: Lab) -> None:
     engine.wait_listening()
     begun = time.monotonic()
     generate(engine.port, max_tokens=10)
-    assert 0.3 <= time.monotonic() - begun < 1.3
+    assert 0.3 <= time.monotonic() - begun < 5
 
 
 def test_an_update_needs_every_rank_and_is_finished_without_its_client(lab: Lab) -> None:
     leader, follower = lab.group(2, "--update-s", "0")
     follower.signal(signal.SIGSTOP)
     with pytest.raises(TimeoutError):
-        post(leader.port, "/update_weights", timeout_s=HANG_S, version=1)
+        post(leader.port, "/update_weights", timeout_s=2, version=1)  # by then it has begun
     # The next one waits behind it, and is forgotten when its client leaves before it has begun.
     with pytest.raises(TimeoutError):
         post(leader.port, "/update_weights", timeout_s=HANG_S, version=2)
@@ -578,12 +584,12 @@ def test_asleep_a_generation_hangs_and_is_counted_and_nothing_else_notices(lab: 
 def test_a_generation_that_still_runs_when_the_engine_falls_asleep_is_counted_too(lab: Lab) -> None:
     engine = lab.start("--token-s", "0.1")
     engine.wait_listening()
-    running = in_background(lambda: generate(engine.port, max_tokens=4))
+    running = in_background(lambda: generate(engine.port, timeout_s=DEADLINE_S, max_tokens=20))
     wait_until(lambda: metrics(engine.port)["stub_requests_running"] == 1, "it runs")
     post(engine.port, "/sleep")
     assert metrics(engine.port)["stub_asleep_requests_total"] == 1
     with pytest.raises(TimeoutError):
-        running.result(4 * 0.1 + HANG_S)
+        running.result(20 * 0.1 + HANG_S)
     post(engine.port, "/wake_up")
     assert running.result(DEADLINE_S)
 
@@ -685,30 +691,30 @@ def moves(port: int) -> bool:
 def test_a_prefill_stalls_generation_while_iterations_rise(lab: Lab) -> None:
     engine = lab.start()
     engine.wait_listening()
-    set_fault(lab.control, "*", prefill_s=1.0)
     begun = time.monotonic()
+    set_fault(lab.control, "*", prefill_s=3)
     with pytest.raises(TimeoutError):
         generate(engine.port, timeout_s=HANG_S)
+    wait_until(lambda: metrics(engine.port)["stub_iterations_total"] > 0, "iterations rise")
     during = metrics(engine.port)
-    assert during["stub_iterations_total"] > 0
     assert during["stub_tokens_total"] > 0
     assert during["stub_generated_tokens_total"] == 0
-    generate(engine.port)
-    assert time.monotonic() - begun >= 1.0
+    generate(engine.port, timeout_s=DEADLINE_S)
+    assert time.monotonic() - begun >= 3
     set_fault(lab.control, "*", slow_s=1)
-    generate(engine.port, timeout_s=0.5)  # one stall, not one per request or per change of another fault
+    generate(engine.port, timeout_s=2.5)  # one stall, not one per request or per change of another fault
 
 
 def test_an_engine_that_is_deaf_to_one_client_answers_every_other(lab: Lab) -> None:
     (engine,) = lab.group(1)
     set_fault(lab.control, "*", deaf_to="slurm-rollout")
-    wait_until(lambda: asked_as(engine, "slurm-rollout/0.1") is None, "that client gets no answer")
-    assert asked_as(engine, "") == 200
+    wait_until(lambda: asked_as(engine, "slurm-rollout/0.1", HANG_S) is None, "that client gets no answer")
+    assert asked_as(engine, "", 5) == 200
     generate(engine.port)
 
 
-def asked_as(engine: Engine, client: str) -> int | None:
-    connection = http.client.HTTPConnection(LOOPBACK, engine.port, timeout=HANG_S)
+def asked_as(engine: Engine, client: str, timeout_s: float) -> int | None:
+    connection = http.client.HTTPConnection(LOOPBACK, engine.port, timeout=timeout_s)
     with contextlib.closing(connection):
         try:
             connection.request("GET", "/metrics", headers={"User-Agent": client})

@@ -24,7 +24,7 @@ from slurm_rollout.testing.fleet import wait_for
 TAG = "SUPERVISOR_TEST"
 
 DRIVER = """\
-import json, logging, sys
+import json, logging, sys, time
 from dataclasses import replace
 from slurm_rollout import supervisor
 from slurm_rollout.rundir import RunDir
@@ -33,6 +33,7 @@ fake, folder, first_term, changes = sys.argv[1:5]
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 changes = json.loads(changes)
 bound_s = changes.pop("drain_bound_s", 20.0)
+crashes = changes.pop("crashes", 0)
 plan = make_plan(1)
 plan = replace(plan, trainer=replace(plan.trainer, **changes.pop("ends_by", {})))
 plan = replace(plan, slurm=replace(plan.slurm, requeue=changes.pop("requeue", "no")))
@@ -43,6 +44,7 @@ for name, value in changes.items():
 sys.executable = fake
 term = supervisor.Term(job="7", restart_count=2, first_term=int(first_term))
 made = supervisor.Supervisor(plan, RunDir(folder), term, sys.argv[5:])
+made._crashes = [time.monotonic()] * crashes
 code = made.run()
 if made.requeue_now:
     open(folder + "/requeued", "w")
@@ -372,21 +374,24 @@ def test_75_says_that_the_jobs_end_ended_it_and_only_a_warned_job_requeues_itsel
 
 
 def test_a_job_that_is_cancelled_after_its_warning_does_not_requeue_itself(up: Up) -> None:
-    up.start("listen(); barrier('ready'); note('listens'); obey(drain_s=0.6)", requeue="scontrol")
+    up.start("listen(); barrier('ready'); note('listens'); wait_file('go'); obey()", requeue="scontrol")
     up.wait_note("listens")
     up.process.send_signal(signal.SIGUSR1)
     up.wait_note("USR1")
-    assert up.term() == 75
+    up.process.terminate()
+    up.touch("go")
+    assert up.code() == 75
     assert not (up.run.path / "requeued").exists()
 
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_trainer_that_ended_before_the_jobs_end_is_not_started_again(up: Up, code: int) -> None:
-    up.start(
-        "listen(); barrier('ready'); obey(drain_s=0.6)", up.python_trainer(f"raise SystemExit({code})"), requeue="exit"
-    )
+    trainer = up.python_trainer(f"raise SystemExit({code})")
+    up.start("listen(); barrier('ready'); wait_file('go'); obey()", trainer, requeue="exit")
     up.wait_note("TERM")
-    assert up.term() == code
+    up.process.terminate()
+    up.touch("go")
+    assert up.code() == code
 
 
 @pytest.mark.parametrize("status", [3, 4])
@@ -450,16 +455,15 @@ def test_an_end_in_the_same_moment_as_a_signal_is_not_missed(up: Up) -> None:
     up.process.send_signal(signal.SIGCONT)
     began = time.monotonic()
     assert up.code() == 0
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
 
 
 def test_a_signal_while_no_coordinator_lives_starts_one_that_drains(up: Up) -> None:
-    up.start("if term < 4: os._exit(1)\nlisten(); obey()")
-    up.wait_note("start", 3)
-    wait_for("the wait for the next", lambda: "starts in 1.0 s" in up.output())
+    up.start("if term == 1: os._exit(1)\nlisten(); obey()", crashes=7)
+    wait_for("the wait for the next", lambda: "starts in 30.0 s" in up.output())
     began = time.monotonic()
     assert up.term() == 0
-    assert time.monotonic() - began < 0.9
+    assert time.monotonic() - began < 10
     assert up.notes("start")[-1][-1] == "--drain"
     assert not up.notes("TERM"), "it might come before it can be heard"
 
@@ -475,8 +479,8 @@ def test_a_drain_that_takes_too_long_is_cut_short_and_is_no_success(up: Up) -> N
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     up.start(
         f"holder({deaf!r}); listen(); note('listens'); time.sleep(600); time.sleep(600)",
-        drain_bound_s=0.3,
-        LAST_MEASURES=[[None, 0.1], [15, 0.3], [9, 2.0]],
+        drain_bound_s=1.0,
+        LAST_MEASURES=[[None, 0.1], [15, 1.5], [9, 2.0]],
     )
     up.wait_note("listens")
     assert up.term() == 1
@@ -583,7 +587,7 @@ def test_a_trainer_that_does_not_heed_is_killed_in_time(up: Up) -> None:
     up.wait_file("trains")
     began = time.monotonic()
     assert up.term() == 137
-    assert 0.5 <= time.monotonic() - began < 2.5
+    assert 0.5 <= time.monotonic() - began < 8
     assert not up.left()
 
 
@@ -614,6 +618,7 @@ def test_nothing_that_the_trainer_left_behind_stays(up: Up) -> None:
 # -------------------------------------------------------------------------------------------------------- fleet failed
 
 FAILS = "listen(); barrier('ready'); wait_file('trains'); barrier('failed'); obey()"
+FAILS_LATER = FAILS.replace("barrier('failed')", "wait_file('go'); barrier('failed')")
 
 
 def test_a_failed_fleet_without_a_trainer_ends_the_run(up: Up) -> None:
@@ -650,7 +655,7 @@ def test_a_trainer_that_reads_of_the_failure_first_hides_it_not(up: Up) -> None:
         "os.rename(sys.argv[1] + '/.p', sys.argv[1] + '/trains')\n"
         "while json.load(open(sys.argv[1] + '/barrier.json'))['phase'] != 'failed': time.sleep(0.01)"
     )
-    up.start(FAILS.replace("barrier('failed')", "wait_file('go'); barrier('failed')"), up.python_trainer(trainer))
+    up.start(FAILS_LATER, up.python_trainer(trainer))
     pid = int(up.wait_file("trains"))
     up.process.send_signal(signal.SIGSTOP)
     up.touch("go")
@@ -662,11 +667,12 @@ def test_a_trainer_that_reads_of_the_failure_first_hides_it_not(up: Up) -> None:
 
 def test_after_a_failed_fleet_no_trainer_waits_for_ever(up: Up) -> None:
     trainer = "import sys, time; open(sys.argv[1] + '/trains', 'w'); time.sleep(600)"
-    up.start(FAILS, up.python_trainer(trainer), TRAINER_AFTER_FAILURE_S=0.5)
+    up.start(FAILS_LATER, up.python_trainer(trainer), TRAINER_AFTER_FAILURE_S=0.5)
     up.wait_file("trains")
     began = time.monotonic()
+    up.touch("go")
     assert up.code() == 70
-    assert 0.5 <= time.monotonic() - began < 3
+    assert 0.5 <= time.monotonic() - began < 10
 
 
 def test_a_run_that_is_ending_anyway_has_not_failed(up: Up) -> None:

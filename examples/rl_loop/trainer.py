@@ -45,11 +45,11 @@ class Sample(NamedTuple):
 
 
 def train(barrier: Barrier, version: int, journal: Journal, args: argparse.Namespace) -> int:
-    """Step after step until the time is over; return the last version of the weights."""
+    """Step after step until the time is over, or told to end; return the last version of the weights."""
     deadline = time.monotonic() + 60 * args.minutes
     # The fleet may remember a later version than the checkpoint that this trainer starts from: then it goes back.
     state = engines_with(barrier, version, journal, rollback=True)
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not (args.until and args.until.exists()):
         samples = generate(barrier, state, version, journal, args)
         barrier.announce("training")
         optimize(samples, args)
@@ -185,6 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="A training loop over stub engines, with a proof of what it kept.")
     add = parser.add_argument
     add("--minutes", type=float, default=1.0)
+    add("--until", type=Path, help="a file: once it is there, no further step begins")
     add("--version", type=int, default=1, help="version of the weights that it starts from, as from a checkpoint")
     add("--step-s", type=float, default=3.0, help="how long a step generates")
     add("--train-s", type=float, default=0.3, help="how long a step trains")
