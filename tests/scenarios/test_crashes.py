@@ -48,7 +48,7 @@ def test_two_members_of_a_group_that_die_at_once_are_one_failure(lab: Lab) -> No
 
 
 def test_two_groups_that_die_at_once_recover_in_parallel(lab: Lab) -> None:
-    lab.fleet.fault("*", load_s=5.0, incarnations=[2])
+    lab.fleet.fault("*", load_s=3.0, incarnations=[2])
     fleet = lab.up(groups=2)
     lab.wait_ready()
     for pid in [fleet.engine(group, 1) for group in ("actor/0", "actor/1")]:

@@ -51,7 +51,7 @@ def test_generation_dead_behind_a_good_health_page_is_found(lab: Lab) -> None:
     assert undisturbed(fleet, "actor/1")
 
 
-@pytest.mark.parametrize("kind", ["garbage", "503", "empty"])
+@pytest.mark.parametrize("kind", ["garbage", "503", pytest.param("empty", marks=pytest.mark.thorough)])
 def test_an_engine_with_wrong_answers_leaves_the_barrier_and_is_then_replaced(lab: Lab, kind: str) -> None:
     fleet = lab.up(groups=2)
     lab.wait_ready()

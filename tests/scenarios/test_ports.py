@@ -12,7 +12,7 @@ from tests.scenarios.lab import ANSWER, Lab
 
 def test_a_port_that_a_stranger_holds_is_waited_for_named_and_never_taken_by_force(lab: Lab) -> None:
     stranger, pid = lab.occupy(1)
-    fleet = lab.up(groups=1, pool="restart.max_start_failures = 0\nfence.timeout_s = 8")
+    fleet = lab.up(groups=1, pool="restart.max_start_failures = 0\nfence.timeout_s = 6")
     waits = wait_for("the holder's name", lambda: [e for e in fleet.events("fence_waits") if str(pid) in e["message"]])
     assert waits[0]["group"] == "actor/0"
     failure = fleet.wait_event("failure", "actor/0", timeout_s=40)

@@ -67,7 +67,7 @@ def assert_blind(lab: FakeLab, since: float) -> None:
 
 
 @on_slurm
-@pytest.mark.parametrize("phase", chosen(PHASES, "ready", "stopped", "launching again"))
+@pytest.mark.parametrize("phase", chosen(PHASES, "ready", "launching again"))
 def test_a_controller_that_is_away_in_any_phase_costs_only_time(lab: FakeLab, phase: str) -> None:
     fleet = lab.up(groups=2, load_s=1.0, more=BLIND)
     PHASES[phase](fleet)
@@ -119,6 +119,7 @@ def test_a_controller_that_goes_away_between_launch_and_go_keeps_no_group_from_i
 
 
 @on_slurm
+@pytest.mark.thorough("fake")
 @pytest.mark.parametrize(
     "phase", chosen(["launching", "loading", "ready", "failure seen", "loading again"], "ready", "loading again")
 )
