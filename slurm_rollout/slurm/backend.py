@@ -76,7 +76,7 @@ class SlurmBackend:
         Raises:
             Unobservable: it does not say.
         """
-        # Times have no zone, and when clocks go back an hour is there twice: Slurm's commands obey TZ.
+        # Times have no zone, and when clocks go back an hour is there twice: Slurm's commands obey TZ (22.05.8).
         return parse.job_record(await self._run("scontrol", "-o", "show", "job", self._job, TZ="UTC0"))
 
     async def job(self) -> JobFacts:
